@@ -1,0 +1,31 @@
+"""Sums over a process group that autograd can cross."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class _GlobalSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
+        from torch.distributed import _functional_collectives as collectives
+
+        ctx.world_size = torch.distributed.get_world_size(group)
+        return collectives.wait_tensor(collectives.all_reduce(local, "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.world_size, None
+
+
+def global_sum(local: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of ``local`` over the ranks, the same bits on each of them.
+
+    Its gradient is the rank's own times the world size: DDP's mean over ranks then equals one process that saw all
+    rows.
+    """
+    return _GlobalSum.apply(local, group)  # type: ignore[no-any-return]
