@@ -44,7 +44,7 @@ def pool_slots(
     """(B, S, D) -> (B, D) by mean, max or attention over the unmasked slots; a row without any pools to zero."""
     x = hiddens.to(compute_dtype(hiddens))
     slots, width = x.shape[1], x.shape[2]
-    if slots == 0:
+    if slots == 0 and pooling != "attention":
         return x.sum(1)
     if slot_mask is not None:
         x = torch.where(slot_mask[..., None], x, 0.0)

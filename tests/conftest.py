@@ -1,0 +1,113 @@
+"""One suite over every backend: a test that takes ``backend`` runs on each, skipping with a reason where one is absent.
+
+``--backend NAME`` selects, ``--require-backend NAME`` turns that backend's skip into a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
+# Triton reads this when it is first imported, and it then holds for the whole process.
+assert "triton" not in sys.modules, "triton was imported before the tests could choose its interpreter"
+if "TRITON_INTERPRET" not in os.environ and not any(Path(p).exists() for p in _GPU_DEVICES):
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import memkern  # noqa: E402
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class BackendUnderTest:
+    """A backend with the device its tensors live on; ``slow`` asks a test for small shapes."""
+
+    id: str
+    name: str
+    device: str
+
+    @property
+    def slow(self) -> bool:
+        return self.id == "triton_interp"
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return memkern.backends.ALL if self.name in ("reference", "cpp") else memkern.backends.LOW
+
+    def absent(self) -> str | None:
+        """Why this backend cannot be tested here, or None."""
+        if self.id == "triton_interp" and not INTERPRETING:
+            return "the Triton interpreter is off (TRITON_INTERPRET)"
+        if self.id in ("triton", "cuda") and not torch.cuda.is_available():
+            return "no GPU"
+        if self.id == "triton" and INTERPRETING:
+            return "the Triton interpreter is on"
+        return memkern.backends._absent(self.name, self.device)
+
+
+BACKENDS = {
+    case.id: case
+    for case in (
+        BackendUnderTest("reference", "reference", "cuda" if torch.cuda.is_available() else "cpu"),
+        BackendUnderTest("cpp", "cpp", "cpu"),
+        BackendUnderTest("triton_interp", "triton", "cpu"),
+        BackendUnderTest("triton", "triton", "cuda"),
+        BackendUnderTest("cuda", "cuda", "cuda"),
+    )
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", action="append", choices=BACKENDS, help="run only these backends' tests")
+    parser.addoption(
+        "--require-backend", action="append", choices=BACKENDS, default=[], help="fail where this backend is absent"
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"{case.id}: {case.absent() or 'here'}" for case in BACKENDS.values()]
+    return ["backends: " + "; ".join(lines)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    required = metafunc.config.getoption("--require-backend")
+    params = []
+    for name in metafunc.config.getoption("--backend") or BACKENDS:
+        reason = BACKENDS[name].absent()
+        skip = reason is not None and name not in required
+        marks = [pytest.mark.skip(reason=f"backend {name}: {reason}")] if skip else []
+        params.append(pytest.param(BACKENDS[name], id=name, marks=marks))
+    metafunc.parametrize("backend", params)
+
+
+@pytest.fixture(autouse=True)
+def _required(request: pytest.FixtureRequest) -> None:
+    """A required backend that is absent fails each of its tests with the reason."""
+    if "backend" in request.fixturenames:
+        case = request.getfixturevalue("backend")
+        reason = case.absent()
+        if reason is not None:
+            pytest.fail(f"backend {case.id} is required, but: {reason}")
+
+
+@pytest.fixture
+def poison() -> object:
+    """Uninitialised memory, C++ allocations among it, holds NaN (integers: their maximum) while a test runs."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
