@@ -157,7 +157,7 @@ def load_balance_terms(probs: Tensor, row_mask: Tensor | None = None) -> tuple[T
     experts = torch.arange(p.shape[-1], device=p.device)
     top = (p.detach().argmax(-1, keepdim=True) == experts).to(p.dtype)
     if row_mask is None:
-        rows = torch.full((), float(p.shape[0]), dtype=p.dtype, device=p.device)
+        rows = torch.full((), p.shape[0], dtype=p.dtype, device=p.device)
         return top.sum(0), p.sum(0), rows
     counted = row_mask[:, None]
     return torch.where(counted, top, 0.0).sum(0), torch.where(counted, p, 0.0).sum(0), row_mask.sum().to(p.dtype)
