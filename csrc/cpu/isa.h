@@ -3,7 +3,7 @@
 //
 //     #include "cpu/isa.h"
 //     #include "common/vec.h"
-//     namespace memkern::cpu::MK_NS { ... const RoutingTable routing = {...}; }
+//     namespace memkern::cpu::MK_NS { ... extern const RoutingTable routing = {...}; }
 //
 // MK_NS names the instruction set's namespace, MK_VEC its vector width in bits (128, 256, 512). From here to the end
 // of the file gcc may use the instruction set; templates of the standard headers above stay at the baseline, so that
