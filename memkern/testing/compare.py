@@ -104,7 +104,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Tensor]:
     if isinstance(value, Tensor):
         return {prefix or "out": value}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        value = value._asdict()
+        value = dict(zip(value._fields, value, strict=True))
     items: Any = (
         value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     )

@@ -1,0 +1,125 @@
+"""FAISS behind a store: approximate search at a scale where the exact one is too slow, and exchange of indexes.
+
+The index is a cache of the store's rows, keyed by slot, brought up to date at the next search after a change: appended
+rows are added, anything else rebuilds it. Rows that must not be found (holes, a filter) are excluded by a selector.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memkern.store.ring import Ring
+
+NAMED = {"faiss-flat": "Flat", "faiss-hnsw": "HNSW32"}
+
+
+def require_faiss() -> Any:
+    """The faiss module, or an ImportError that names the extra."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("this index needs FAISS: pip install 'memkern[faiss]'") from error
+    return faiss
+
+
+def factory_string(name: str, rows: int) -> str:
+    """The FAISS factory string of ``faiss-flat``, ``faiss-hnsw`` or ``faiss-ivf``; any other is one already."""
+    if name == "faiss-ivf":
+        # FAISS advises between 4 and 16 sqrt(n) lists, and wants 39 training rows for each.
+        return f"IVF{max(1, min(int(4 * rows**0.5), rows // 39))},Flat"
+    if name.startswith("faiss-") and name not in NAMED:
+        known = "exact, faiss-flat, faiss-hnsw, faiss-ivf or a FAISS factory string"
+        raise ValueError(f"index: expected {known}, got {name!r}")
+    return NAMED.get(name, name)
+
+
+class FaissIndex:
+    """A FAISS inner-product index over a store's rows; cosine stores put unit rows in and unit queries to it."""
+
+    def __init__(self, name: str, width: int, retrieval_method: str) -> None:
+        self._faiss = require_faiss()
+        self._name, self._width, self._unit = name, width, retrieval_method != "dot"
+        try:
+            self._faiss.index_factory(width, factory_string(name, 39), self._faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise ValueError(f"index: FAISS does not understand {name!r}") from error
+        self._lock = threading.Lock()
+        self._version = -1
+        self._index: Any = None
+
+    def search(
+        self, ring: Ring, version: int, queries: Tensor, top_k: int, allowed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(Q, k) scores and slots, -1 where there are fewer; FAISS decides what is near."""
+        with self._lock:
+            if version != self._version:
+                self._build(ring)
+                self._version = version
+            index = self._index
+        count = min(top_k, ring.size)
+        parameters = None
+        if allowed is not None:
+            slots = allowed.nonzero().squeeze(1).cpu().numpy().astype(np.int64)
+            selector = self._faiss.IDSelectorBatch(slots)
+            parameters = self._parameters(index, selector)
+        scores, slots = index.search(self._prepare(queries), count, params=parameters)
+        return torch.from_numpy(scores), torch.from_numpy(slots)
+
+    def _build(self, ring: Ring) -> None:
+        slots = np.fromiter(ring.rows(), dtype=np.int64, count=ring.size)
+        rows = self._prepare(ring.embeddings[torch.from_numpy(slots)])
+        kind = factory_string(self._name, len(slots))
+        index = self._faiss.index_factory(self._width, kind, self._faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.train(rows)
+        if hasattr(index, "nprobe"):
+            index.nprobe = max(1, index.nlist // 8)
+        self._index = self._faiss.IndexIDMap2(index)
+        self._index.add_with_ids(rows, slots)
+
+    def _prepare(self, rows: Tensor) -> Any:
+        wide = rows.detach().float().cpu()
+        return np.ascontiguousarray((torch.nn.functional.normalize(wide, dim=1) if self._unit else wide).numpy())
+
+    def _parameters(self, index: Any, selector: Any) -> Any:
+        inner = self._faiss.downcast_index(index.index)
+        if hasattr(inner, "hnsw"):
+            return self._faiss.SearchParametersHNSW(sel=selector, efSearch=max(64, inner.hnsw.efSearch))
+        if hasattr(inner, "nprobe"):
+            return self._faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
+        return self._faiss.SearchParameters(sel=selector)
+
+
+def export(ids: Any, rows: Any, *, unit: bool) -> Any:
+    """A flat inner-product index with an id map over (n, d) float32 rows."""
+    faiss = require_faiss()
+    if unit:
+        rows = torch.nn.functional.normalize(torch.from_numpy(rows), dim=1).numpy()
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(rows.shape[1]))
+    index.add_with_ids(np.ascontiguousarray(rows), ids)
+    return index
+
+
+def contents(index: Any) -> tuple[Any, Any]:
+    """(ids or None, (n, d) rows) that an index can reconstruct.
+
+    Raises:
+        ValueError: it stores codes from which vectors cannot be read back.
+    """
+    faiss = require_faiss()
+    index = faiss.downcast_index(index)
+    ids = None
+    if isinstance(index, faiss.IndexIDMap):
+        ids = faiss.vector_to_array(index.id_map).astype(np.int64)
+        index = faiss.downcast_index(index.index)
+    if hasattr(index, "make_direct_map"):
+        index.make_direct_map()
+    try:
+        return ids, index.reconstruct_n(0, index.ntotal)
+    except RuntimeError as error:
+        raise ValueError(f"index: {type(index).__name__} cannot reconstruct its vectors") from error

@@ -1,0 +1,608 @@
+"""MemoryStore: text chunks with embeddings, stable ids, metadata, exact search, circular eviction, safe saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkern.ops.cosine_topk import cosine_topk, inverse_norms
+from memkern.store import persistence
+from memkern.store.locks import ReadWriteLock
+from memkern.store.records import Chunk, Hit, UsedIds
+from memkern.store.ring import Ring
+
+Filter = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+METHODS = ("cosine", "dot", "learned")
+EVICTIONS = ("ring", "error")
+MAX_TOP_K = 2048
+
+
+class MemoryStore:
+    """Chunks of text with their embeddings, searched exactly by default.
+
+    Safe for many reading threads beside one that writes. Ids are stable and never reused. At ``max_chunks`` the oldest
+    chunk makes room (``eviction="ring"``) or adding fails (``"error"``).
+
+    Args:
+        d_model: width of the embeddings.
+        max_chunks: how many chunks the store holds.
+        dtype: float32, bfloat16 or float16: how embeddings are kept.
+        retrieval_method: ``"cosine"``; ``"dot"``, the inner product as it stands; or ``"learned"``, the cosine of
+            ``query @ score_matrix`` with the chunk, the identity until :attr:`score_matrix` is set.
+        index: ``"exact"``, or an approximate index of FAISS: ``"faiss-flat"``, ``"faiss-hnsw"``, ``"faiss-ivf"`` or any
+            FAISS factory string.
+        eviction: ``"ring"`` or ``"error"``.
+        device: where the embeddings live.
+
+    Raises:
+        ValueError: an argument out of its range, named.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        max_chunks: int = 10000,
+        *,
+        dtype: torch.dtype = torch.float32,
+        retrieval_method: str = "cosine",
+        index: str = "exact",
+        eviction: str = "ring",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        for name, value in (("d_model", d_model), ("max_chunks", max_chunks)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        _one_of("dtype", dtype, DTYPES)
+        _one_of("retrieval_method", retrieval_method, METHODS)
+        _one_of("eviction", eviction, EVICTIONS)
+        self.d_model, self.max_chunks, self.dtype = d_model, max_chunks, dtype
+        self.retrieval_method, self.index, self.eviction = retrieval_method, index, eviction
+        self.device = torch.device(device)
+        self._lock = ReadWriteLock()
+        self._ring = Ring(d_model, max_chunks, dtype, self.device)
+        self._used = UsedIds()
+        self._added = self._evicted = self._deleted = 0
+        self._score_matrix = torch.eye(d_model) if retrieval_method == "learned" else None
+        self._version = 0
+        self._approximate: Any = None
+        if index != "exact":
+            from memkern.store.faiss_index import FaissIndex
+
+            self._approximate = FaissIndex(index, d_model, retrieval_method)
+
+    # Adding, changing, removing
+
+    def add(
+        self,
+        chunk: str,
+        embedding: Tensor | Sequence[float],
+        meta: Mapping[str, Any] | None = None,
+        *,
+        token_ids: Sequence[int] | Tensor | None = None,
+        id: int | None = None,
+    ) -> int:
+        """Store one chunk with its (d_model,) embedding; see :meth:`add_batch`. Returns its id."""
+        row = torch.as_tensor(embedding)
+        if row.dim() != 1:
+            raise ValueError(f"embedding: expected shape ({self.d_model}), got {list(row.shape)}")
+        ids = None if id is None else [id]
+        return self.add_batch([chunk], row[None], [meta], token_ids=[token_ids], ids=ids)[0]
+
+    def add_batch(
+        self,
+        chunks: Sequence[str],
+        embeddings: Tensor | Sequence[Sequence[float]],
+        metas: Sequence[Mapping[str, Any] | None] | None = None,
+        *,
+        token_ids: Sequence[Sequence[int] | Tensor | None] | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Store n chunks, all or none; a batch larger than ``max_chunks`` keeps its last ones.
+
+        Args:
+            chunks: n texts.
+            embeddings: (n, d_model) float; zeros are stored and score 0, NaN is refused.
+            metas: n dicts or None; ``position``, ``timestamp`` and ``source`` are filled in where they are missing, in
+                a copy.
+            token_ids: n sequences of ints or None.
+            ids: n ids >= 0 that were never used; by default the next free ones.
+
+        Returns:
+            The n ids, in order, also of chunks that the batch itself evicted.
+
+        Raises:
+            ValueError: wrong shapes or lengths, NaN, an id that was used before or occurs twice, or a full store with
+                ``eviction="error"``. The store is then as it was.
+        """
+        chunks = list(chunks)
+        rows = self._embeddings("embeddings", embeddings, len(chunks))
+        metas = _aligned("metas", metas, len(chunks))
+        tokens = [_token_list(t) for t in _aligned("token_ids", token_ids, len(chunks))]
+        for text in chunks:
+            if not isinstance(text, str):
+                raise TypeError(f"chunks: expected texts, got {type(text).__name__} {text!r}")
+        with self._lock.write():
+            given = self._new_ids(ids, len(chunks))
+            if self.eviction == "error" and self._ring.size + len(chunks) > self.max_chunks:
+                raise ValueError(
+                    f"the store is full: {len(chunks)} more than its {self._ring.size} chunks do not fit "
+                    f"max_chunks={self.max_chunks}"
+                )
+            first, now = self._added, time.time()
+            for id in given:
+                self._used.add(id)
+            self._added += len(chunks)
+            skipped = max(0, len(chunks) - self.max_chunks)
+            self._evicted += skipped
+            for _ in range(max(0, self._ring.size + len(chunks) - skipped - self.max_chunks)):
+                self._ring.remove(self._ring.oldest())
+                self._evicted += 1
+            self._ring.make_room(len(chunks) - skipped)
+            slots = self._ring.append(rows[skipped:], self._norms(rows[skipped:]))
+            for offset, slot in enumerate(slots, start=skipped):
+                meta = {"position": first + offset, "timestamp": now, "source": ""} | dict(metas[offset] or {})
+                self._ring.describe(slot, given[offset], chunks[offset], tokens[offset], meta)
+            self._version += 1
+            return given
+
+    def update(
+        self,
+        id: int,
+        *,
+        chunk: str | None = None,
+        embedding: Tensor | Sequence[float] | None = None,
+        token_ids: Sequence[int] | Tensor | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Change a chunk in place; it keeps its id and its age. What is not given stays, ``meta`` is replaced whole.
+
+        Raises:
+            KeyError: no such id. ValueError: a bad embedding. The store is then as it was.
+        """
+        row = None if embedding is None else self._embeddings("embedding", torch.as_tensor(embedding)[None], 1)
+        tokens = _token_list(token_ids)
+        with self._lock.write():
+            slot = self._slot(id)
+            if row is not None:
+                self._ring.embeddings[slot] = row[0]
+                self._ring.inverse_norms[slot] = self._norms(row)[0]
+            if chunk is not None:
+                self._ring.texts[slot] = chunk
+            if tokens is not None:
+                self._ring.token_ids[slot] = tokens
+            if meta is not None:
+                self._ring.metadata[slot] = dict(meta)
+            self._version += 1
+
+    def delete(self, ids: int | Iterable[int]) -> None:
+        """Delete one chunk or several: all, or none and a KeyError when an id is unknown."""
+        wanted = [ids] if isinstance(ids, int) else list(dict.fromkeys(ids))
+        with self._lock.write():
+            for slot in [self._slot(id) for id in wanted]:
+                self._ring.remove(slot)
+            self._deleted += len(wanted)
+            self._version += 1
+
+    def clear(self) -> None:
+        """Remove every chunk; their ids stay used."""
+        with self._lock.write():
+            self._deleted += self._ring.size
+            self._ring = Ring(self.d_model, self.max_chunks, self.dtype, self.device)
+            self._version += 1
+
+    def merge(self, other: MemoryStore) -> list[int]:
+        """Add a copy of every chunk of ``other``, oldest first, under new ids, which are returned in that order."""
+        if other.d_model != self.d_model:
+            raise ValueError(f"other: expected d_model {self.d_model}, got {other.d_model}")
+        taken = list(other)
+        if not taken:
+            return []
+        return self.add_batch(
+            [chunk.text for chunk in taken],
+            torch.stack([chunk.embedding for chunk in taken]).to(self.device),
+            [chunk.metadata for chunk in taken],
+            token_ids=[chunk.token_ids for chunk in taken],
+        )
+
+    # Searching
+
+    def search(
+        self,
+        query: Tensor | Sequence[float],
+        top_k: int = 5,
+        *,
+        filter: Filter | None = None,
+        threshold: float | None = None,
+    ) -> list[Hit]:
+        """The ``top_k`` best chunks for one (d_model,) query, fewer where there are fewer; ties go to the older chunk.
+
+        Args:
+            query: (d_model,) float.
+            top_k: 1 to 2048.
+            filter: keeps chunks whose metadata has these values (a list, tuple or set: any of them), or for which a
+                function of the metadata returns True.
+            threshold: the lowest score to return.
+        """
+        row = torch.as_tensor(query)
+        if row.dim() != 1:
+            raise ValueError(f"query: expected shape ({self.d_model}), got {list(row.shape)}")
+        return self.search_batched(row[None], top_k, filter=filter, threshold=threshold)[0]
+
+    def search_batched(
+        self,
+        queries: Tensor | Sequence[Sequence[float]],
+        top_k: int = 5,
+        *,
+        filter: Filter | None = None,
+        threshold: float | None = None,
+    ) -> list[list[Hit]]:
+        """:meth:`search` for (n, d_model) queries: a list per row."""
+        rows = self._embeddings("queries", queries, None)
+        if isinstance(top_k, bool) or not isinstance(top_k, int):
+            raise TypeError(f"top_k: expected an int, got {type(top_k).__name__} {top_k!r}")
+        if not 1 <= top_k <= MAX_TOP_K:
+            raise ValueError(f"top_k: expected 1 to {MAX_TOP_K}, got {top_k}")
+        with self._lock.read(), torch.no_grad():
+            if self._ring.size == 0 or rows.shape[0] == 0:
+                return [[] for _ in range(rows.shape[0])]
+            allowed = self._allowed(filter)
+            if self._score_matrix is not None:
+                rows = (rows.float() @ self._score_matrix.to(rows.device)).to(rows.dtype)
+            if self._approximate is not None:
+                scores, slots = self._approximate.search(self._ring, self._version, rows, top_k, allowed)
+            else:
+                scores, slots = self._exact(rows, min(top_k, self._ring.size), allowed)
+            return [
+                [
+                    self._hit(slot, score)
+                    for slot, score in zip(row_slots, row_scores, strict=True)
+                    if slot >= 0 and (threshold is None or score >= threshold)
+                ]
+                for row_slots, row_scores in zip(slots.tolist(), scores.tolist(), strict=True)
+            ]
+
+    def range_search(self, query: Tensor | Sequence[float], threshold: float) -> list[Hit]:
+        """Every chunk that scores at least ``threshold``, best first, ties to the older."""
+        with self._lock.read():
+            if len(self) <= MAX_TOP_K:
+                return self.search(query, max(1, len(self)), threshold=threshold)
+            rows = self._embeddings("query", torch.as_tensor(query)[None], 1)
+            if self._score_matrix is not None:
+                rows = (rows.float() @ self._score_matrix.to(rows.device)).to(rows.dtype)
+            found: list[tuple[float, int]] = []
+            # In blocks no larger than a search may return, so that each score is the exact search's own.
+            for run in self._ring.runs():
+                for start in range(run.start, run.stop, MAX_TOP_K):
+                    block = slice(start, min(start + MAX_TOP_K, run.stop))
+                    result = self._search_slots(rows, block, block.stop - block.start, self._ring.live, threshold)
+                    found += [(s, slot) for s, slot in zip(*(x[0].tolist() for x in result), strict=True) if slot >= 0]
+            found.sort(key=lambda pair: -pair[0])
+            return [self._hit(slot, score) for score, slot in found]
+
+    def _exact(self, rows: Tensor, top_k: int, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scores and slots; the older run first, so that a stable merge keeps ties to the older chunk."""
+        parts = [self._search_slots(rows, run, top_k, allowed) for run in self._ring.runs()]
+        if len(parts) == 1:
+            return parts[0]
+        scores, slots = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        best, order = torch.sort(scores, dim=1, descending=True, stable=True)
+        return best[:, :top_k], slots.gather(1, order[:, :top_k])
+
+    def _search_slots(
+        self, rows: Tensor, run: slice, top_k: int, allowed: Tensor | None, threshold: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        result = cosine_topk(
+            rows,
+            self._ring.embeddings[run],
+            top_k,
+            valid=None if allowed is None else allowed[run],
+            inverse_norms=None if self.retrieval_method == "dot" else self._ring.inverse_norms[run],
+            normalized=self.retrieval_method == "dot",
+            min_score=threshold,
+        )
+        return result.scores, torch.where(result.indices < 0, -1, result.indices + run.start)
+
+    def _allowed(self, filter: Filter | None) -> Tensor | None:
+        """(capacity,) bool of the slots that may be found; None when all of the window may."""
+        if filter is None:
+            return self._ring.live if self._ring.holes else None
+        keep = filter if callable(filter) else _matcher(filter)
+        chosen = [slot for slot in self._ring.rows() if keep(dict(self._ring.metadata[slot] or {}))]
+        mask = torch.zeros(self._ring.capacity, dtype=torch.bool)
+        mask[torch.tensor(chosen, dtype=torch.int64)] = True
+        return mask.to(self.device)
+
+    # Reading
+
+    def get(self, id: int) -> Chunk:
+        """The chunk with this id; KeyError when it is unknown, deleted or evicted."""
+        with self._lock.read():
+            return self._chunk(self._slot(id))
+
+    def __len__(self) -> int:
+        return self._ring.size
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._ring.slot_of
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The chunks, oldest first, as they are when the iteration starts."""
+        with self._lock.read():
+            return iter([self._chunk(slot) for slot in self._ring.rows()])
+
+    @property
+    def size(self) -> int:
+        return self._ring.size
+
+    @property
+    def ids(self) -> list[int]:
+        """Ids, oldest first; :attr:`chunks` and its siblings have the same order."""
+        with self._lock.read():
+            return [self._ring.ids[slot] for slot in self._ring.rows()]
+
+    @property
+    def chunks(self) -> list[str]:
+        with self._lock.read():
+            return [self._ring.texts[slot] for slot in self._ring.rows()]
+
+    @property
+    def token_ids(self) -> list[list[int] | None]:
+        with self._lock.read():
+            return [self._ring.token_ids[slot] for slot in self._ring.rows()]
+
+    @property
+    def metadata(self) -> list[dict[str, Any]]:
+        with self._lock.read():
+            return [dict(self._ring.metadata[slot] or {}) for slot in self._ring.rows()]
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(size, d_model) copy, oldest first."""
+        with self._lock.read():
+            return self._ring.embeddings[torch.tensor(list(self._ring.rows()), dtype=torch.int64, device=self.device)]
+
+    @property
+    def version(self) -> int:
+        """Grows with every change; a cache of search results is good as long as it stands still."""
+        return self._version
+
+    @property
+    def score_matrix(self) -> Tensor | None:
+        """(d_model, d_model) of ``retrieval_method="learned"``: queries are multiplied by it; None otherwise."""
+        return self._score_matrix
+
+    @score_matrix.setter
+    def score_matrix(self, matrix: Tensor) -> None:
+        if self.retrieval_method != "learned":
+            raise ValueError(f"score_matrix: only retrieval_method='learned' has one, not {self.retrieval_method!r}")
+        if matrix.shape != (self.d_model, self.d_model):
+            raise ValueError(f"score_matrix: expected ({self.d_model}, {self.d_model}), got {list(matrix.shape)}")
+        with self._lock.write():
+            self._score_matrix = matrix.detach().float().cpu().clone()
+            self._version += 1
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, settings and bytes of the embeddings."""
+        with self._lock.read():
+            return {
+                "size": self._ring.size,
+                "max_chunks": self.max_chunks,
+                "d_model": self.d_model,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "retrieval_method": self.retrieval_method,
+                "index": self.index,
+                "eviction": self.eviction,
+                "added": self._added,
+                "evicted": self._evicted,
+                "deleted": self._deleted,
+                "embedding_bytes": self._ring.size * self.d_model * self.dtype.itemsize,
+            }
+
+    # Saving and exchanging
+
+    def save(self, folder: str | Path) -> None:
+        """Write the store into ``folder``, atomically: a crash at any moment leaves the previous save readable."""
+        with self._lock.read():
+            order = list(self._ring.rows())
+            persistence.save(
+                Path(folder),
+                settings=self._settings(),
+                tensors={
+                    "embeddings": self._ring.embeddings[torch.tensor(order, dtype=torch.int64, device=self.device)],
+                    "inverse_norms": self._ring.inverse_norms[
+                        torch.tensor(order, dtype=torch.int64, device=self.device)
+                    ],
+                    "used_ids": torch.tensor(self._used.intervals, dtype=torch.int64).reshape(-1, 2),
+                }
+                | ({} if self._score_matrix is None else {"score_matrix": self._score_matrix}),
+                records=(
+                    {
+                        "id": self._ring.ids[slot],
+                        "text": self._ring.texts[slot],
+                        "token_ids": self._ring.token_ids[slot],
+                        "metadata": self._ring.metadata[slot],
+                    }
+                    for slot in order
+                ),
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path, mmap: bool = False, *, device: str | torch.device = "cpu") -> MemoryStore:
+        """Read a saved store; with ``mmap`` the embeddings stay on disk until they are touched.
+
+        Raises:
+            FileNotFoundError: no store there. ValueError: a damaged or newer file, named.
+        """
+        settings, tensors, records = persistence.load(Path(folder), mmap=mmap)
+        counters = settings.pop("counters")
+        settings["dtype"] = getattr(torch, settings["dtype"])
+        store = cls(**settings, device=device)
+        store._ring.adopt(tensors["embeddings"].to(store.device), tensors["inverse_norms"].to(store.device))
+        for slot, record in enumerate(records):
+            store._ring.describe(slot, record["id"], record["text"], record["token_ids"], record["metadata"])
+        store._used = UsedIds([(start, end) for start, end in tensors["used_ids"].tolist()])
+        store._added, store._evicted, store._deleted = counters["added"], counters["evicted"], counters["deleted"]
+        if "score_matrix" in tensors:
+            store._score_matrix = tensors["score_matrix"].clone()
+        return store
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "d_model": self.d_model,
+            "max_chunks": self.max_chunks,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "retrieval_method": self.retrieval_method,
+            "index": self.index,
+            "eviction": self.eviction,
+            "counters": {"added": self._added, "evicted": self._evicted, "deleted": self._deleted},
+        }
+
+    def to_numpy(self) -> tuple[Any, Any]:
+        """(ids (n,) int64, embeddings (n, d_model) float32) as NumPy arrays, oldest first."""
+        with self._lock.read():
+            return torch.tensor(self.ids, dtype=torch.int64).numpy(), self.embeddings.float().cpu().numpy()
+
+    @classmethod
+    def from_numpy(
+        cls,
+        embeddings: Any,
+        chunks: Sequence[str] | None = None,
+        metas: Sequence[Mapping[str, Any] | None] | None = None,
+        *,
+        ids: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> MemoryStore:
+        """A store of (n, d_model) NumPy rows; texts are empty without ``chunks``; ``settings``: the constructor's."""
+        rows = torch.from_numpy(embeddings)
+        if rows.dim() != 2:
+            raise ValueError(f"embeddings: expected shape (n, d_model), got {list(rows.shape)}")
+        settings.setdefault("max_chunks", max(10000, rows.shape[0]))
+        store = cls(rows.shape[1], **settings)
+        store.add_batch(chunks or [""] * rows.shape[0], rows, metas, ids=None if ids is None else [int(i) for i in ids])
+        return store
+
+    def to_faiss(self) -> Any:
+        """A FAISS flat inner-product index with this store's ids; cosine stores export unit rows."""
+        from memkern.store.faiss_index import export
+
+        ids, rows = self.to_numpy()
+        return export(ids, rows, unit=self.retrieval_method != "dot")
+
+    @classmethod
+    def from_faiss(
+        cls, index: Any, chunks: Sequence[str] | None = None, metas: Sequence[Any] | None = None, **settings: Any
+    ) -> MemoryStore:
+        """A store of the vectors (and ids, where it has an id map) that a FAISS index can reconstruct."""
+        from memkern.store.faiss_index import contents
+
+        ids, rows = contents(index)
+        return cls.from_numpy(rows, chunks, metas, ids=ids, **settings)
+
+    # Details
+
+    def _slot(self, id: int) -> int:
+        try:
+            return self._ring.slot_of[id]
+        except (KeyError, TypeError):
+            raise KeyError(f"no chunk has id {id!r}: it is unknown, deleted or evicted") from None
+
+    def _chunk(self, slot: int) -> Chunk:
+        ring = self._ring
+        tokens = ring.token_ids[slot]
+        return Chunk(
+            ring.ids[slot],
+            ring.texts[slot],
+            None if tokens is None else list(tokens),
+            ring.embeddings[slot].clone(),
+            dict(ring.metadata[slot] or {}),
+        )
+
+    def _hit(self, slot: int, score: float) -> Hit:
+        ring = self._ring
+        tokens = ring.token_ids[slot]
+        return Hit(
+            ring.ids[slot],
+            ring.texts[slot],
+            None if tokens is None else list(tokens),
+            score,
+            dict(ring.metadata[slot] or {}),
+        )
+
+    def _norms(self, rows: Tensor) -> Tensor:
+        return inverse_norms(rows)
+
+    def _embeddings(self, name: str, value: Any, count: int | None) -> Tensor:
+        """(n, d_model) rows in the store's dtype on its device, NaN and infinity refused."""
+        rows = torch.as_tensor(value).detach()
+        if rows.dim() != 2 or rows.shape[1] != self.d_model or (count is not None and rows.shape[0] != count):
+            expected = f"({'n' if count is None else count}, {self.d_model})"
+            raise ValueError(f"{name}: expected shape {expected}, got {list(rows.shape)}")
+        if not rows.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {rows.dtype}")
+        rows = rows.to(self.device, self.dtype)
+        if not bool(rows.isfinite().all()):
+            bad = tuple(int(i) for i in (~rows.isfinite()).nonzero()[0])
+            raise ValueError(f"{name}: expected finite values in {self.dtype}, got {rows[bad].item()} at index {bad}")
+        return rows
+
+    def _new_ids(self, ids: Sequence[int] | None, count: int) -> list[int]:
+        if ids is None:
+            return list(range(self._used.next, self._used.next + count))
+        given = list(ids)
+        if len(given) != count:
+            raise ValueError(f"ids: expected {count}, got {len(given)}")
+        seen: set[int] = set()
+        for id in given:
+            if isinstance(id, bool) or not isinstance(id, int):
+                raise TypeError(f"ids: expected ints, got {type(id).__name__} {id!r}")
+            if id < 0:
+                raise ValueError(f"ids: expected ids >= 0, got {id}")
+            if id in seen or id in self._used:
+                raise ValueError(f"ids: {id} was used before; ids are never reused")
+            seen.add(id)
+        return given
+
+
+def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
+
+
+def _aligned(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
+    """``values`` as a list of ``count``, Nones by default."""
+    if values is None:
+        return [None] * count
+    listed = list(values)
+    if len(listed) != count:
+        raise ValueError(f"{name}: expected {count}, got {len(listed)}")
+    return listed
+
+
+def _token_list(tokens: Sequence[int] | Tensor | None) -> list[int] | None:
+    if tokens is None:
+        return None
+    return [int(t) for t in (tokens.tolist() if isinstance(tokens, Tensor) else tokens)]
+
+
+def _matcher(wanted: Mapping[str, Any]) -> Callable[[dict[str, Any]], bool]:
+    def matches(metadata: dict[str, Any]) -> bool:
+        for key, value in wanted.items():
+            if key not in metadata:
+                return False
+            if isinstance(value, list | tuple | set | frozenset):
+                if metadata[key] not in value:
+                    return False
+            elif metadata[key] != value:
+                return False
+        return True
+
+    return matches

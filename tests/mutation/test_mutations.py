@@ -1,0 +1,106 @@
+"""The suite can fail: each small, plausible mistake planted in a copy of the sources turns it red.
+
+A mutation names a file, a text that occurs in it exactly once, what to put there, and the backend and tests that have
+to notice. Sources move; a text that is gone fails here too, so the list stays honest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    backend: str = "reference"
+
+
+ROUTING = "tests/ops/test_routing.py"
+MUTATIONS = [
+    Mutation(
+        "a row that pooled to zero is no longer uniform",
+        "memkern/reference/routing.py",
+        "probs = torch.where(zero_rows[:, None], uniform, routed)",
+        "probs = routed",
+        f"{ROUTING}::test_zero_rows_are_uniform_and_send_no_gradient",
+    ),
+    Mutation(
+        "masked rows count in the loss",
+        "memkern/reference/routing.py",
+        "torch.where(counted, top, 0.0).sum(0), torch.where(counted, p, 0.0).sum(0)",
+        "top.sum(0), p.sum(0)",
+        f"{ROUTING}::test_masked_rows_reach_no_loss",
+    ),
+    Mutation(
+        "ties of the maximum go to the highest slot",
+        "memkern/reference/routing.py",
+        "candidates.detach().argmax(1, keepdim=True)",
+        "(slots - 1 - candidates.detach().flip(1).argmax(1, keepdim=True))",
+        f"{ROUTING}::test_max_pooling_ties_go_to_the_lowest_slot",
+    ),
+    Mutation(
+        "double backward differentiates the raw operator",
+        "memkern/ops/routing.py",
+        "        if torch.is_grad_enabled():\n            # Only under create_graph",
+        "        if False:\n            # Only under create_graph",
+        "tests/ops/test_routing_transforms.py::test_double_backward_in_float32",
+        "triton_interp",
+    ),
+    Mutation(
+        "the loss of the global batch loses the factor world size",
+        "memkern/ops/_collectives.py",
+        "return grad * ctx.world_size, None",
+        "return grad, None",
+        "tests/ops/test_routing_transforms.py::test_loss_of_the_global_batch",
+    ),
+]
+
+
+def run_suite(root: Path, mutation: Mutation) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutation.tests]
+    return subprocess.run(
+        [*command, "--backend", mutation.backend],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sources")
+    ignore = shutil.ignore_patterns("__pycache__", "results")
+    for folder in ("memkern", "triton_kernels", "benchmarks", "tests"):
+        shutil.copytree(ROOT / folder, root / folder, symlinks=True, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_the_suite_notices(mutation: Mutation, sources: Path) -> None:
+    path = sources / mutation.file
+    original = path.read_text()
+    assert original.count(mutation.old) == 1, f"{mutation.old!r} stands {original.count(mutation.old)} times"
+    healthy = run_suite(sources, mutation)
+    assert healthy.returncode == 0, healthy.stdout
+    path.write_text(original.replace(mutation.old, mutation.new))
+    try:
+        mutated = run_suite(sources, mutation)
+    finally:
+        path.write_text(original)
+    assert mutated.returncode == 1, f"not noticed:\n{mutated.stdout}"
