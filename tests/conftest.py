@@ -20,6 +20,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import memkern  # noqa: E402
+from memkern.testing.poison import poisoned  # noqa: E402
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -101,11 +102,8 @@ def _required(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def poison() -> object:
     """Uninitialised memory, C++ allocations among it, holds NaN (integers: their maximum) while a test runs."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    with poisoned():
+        yield
 
 
 @pytest.fixture(autouse=True)
