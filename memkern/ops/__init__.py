@@ -1,7 +1,10 @@
 """The public operators, one module per column; see :mod:`memkern.backends` for what runs where."""
 
-from memkern.ops import routing
+import sys as _sys
+
+from memkern.ops import retrieval, routing
 from memkern.ops.cosine_topk import TopK, cosine_topk, inverse_norms
+from memkern.ops.retrieval import fuse_sources, retrieved_attention, span_loss
 from memkern.ops.routing import (
     Routing,
     load_balance_loss,
@@ -10,14 +13,23 @@ from memkern.ops.routing import (
     temperature_softmax,
 )
 
+# ``memkern.ops.cosine_topk`` is a module and its function at once: as the function it carries the module's other names,
+# so that both ``cosine_topk(...)`` and ``cosine_topk.inverse_norms(...)`` are right, however it was imported.
+for _name in _sys.modules["memkern.ops.cosine_topk"].__all__:
+    setattr(cosine_topk, _name, getattr(_sys.modules["memkern.ops.cosine_topk"], _name))
+
 __all__ = [
     "Routing",
     "TopK",
     "cosine_topk",
+    "fuse_sources",
     "inverse_norms",
     "load_balance_loss",
+    "retrieval",
+    "retrieved_attention",
     "route_experts",
     "routing",
     "routing_entropy",
+    "span_loss",
     "temperature_softmax",
 ]
