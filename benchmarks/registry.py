@@ -70,6 +70,16 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Gemm:
+    """``batch`` products (m, k) @ (k, n): the matrix arithmetic of an operator, timed alone as its limit ``"gemm"``."""
+
+    m: int
+    n: int
+    k: int
+    batch: int = 1
+
+
+@dataclass(frozen=True)
 class Target:
     """A speed that the project promises: our fastest backend is at least ``at_least`` times ``over``.
 
@@ -108,6 +118,8 @@ class OpSpec:
         judges: for outputs that do not compare element by element (indices with ties), a comparison by output name:
             (actual outputs, true outputs, arguments) -> Comparison.
         dtypes: the dtypes to validate.
+        gemms: (shape, options, mode) -> the matrix products that the mode cannot do without; the limit ``"gemm"`` of a
+            target is the fastest library's time for them, one after another.
         targets: promised speeds; ``headline`` operators are compared with torch.compile and peers by default.
     """
 
@@ -126,6 +138,7 @@ class OpSpec:
         default_factory=dict
     )
     dtypes: Sequence[str] = ("float32", "bfloat16", "float16", "float64")
+    gemms: Callable[[Shape, Options, str], Sequence[Gemm]] | None = None
     targets: Sequence[Target] = ()
     headline: bool = False
 
