@@ -27,9 +27,15 @@
 #include <immintrin.h>
 #endif
 
+#include "common/dtype.h"
+#include "common/host.h"
+
 #if defined(MK_ISA_AVX512)
 #define MK_NS avx512
 #define MK_VEC 512
+// gcc 12 warns of the undefined operand in its own intrinsics (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
 #elif defined(MK_ISA_AVX2)
 #define MK_NS avx2
