@@ -39,30 +39,30 @@ inline ScalarType acc_type(const Tensor& t) {
 
 // t itself when it is contiguous (a call of the dispatcher costs 0.4 us), otherwise a copy. Keep it while its data is
 // in use.
-inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-inline OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(contiguous(*t)) : t; }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline OptTensor dense(const OptTensor& t) { return t ? OptTensor(dense(*t)) : t; }
 
 // Contiguous and of this dtype.
 inline Tensor as(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? contiguous(t) : contiguous(torch::stable::to(t, dtype));
+  return t.scalar_type() == dtype ? dense(t) : dense(torch::stable::to(t, dtype));
 }
 inline OptTensor as(const OptTensor& t, ScalarType dtype) { return t ? OptTensor(as(*t, dtype)) : t; }
 
 template <class T>
-const T* data(const Tensor& t) {
+const T* ptr(const Tensor& t) {
   return static_cast<const T*>(t.data_ptr());
 }
 template <class T>
-const T* data(const OptTensor& t) {
+const T* ptr(const OptTensor& t) {
   return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
 }
 template <class T>
-T* mutable_data(const Tensor& t) {
+T* out_ptr(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
 // A contiguous CPU tensor, uninitialised, past the dispatcher.
-inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype) {
+inline Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType dtype) {
   std::array<int64_t, 8> strides{};
   STD_TORCH_CHECK(dims <= 8, "at most 8 dimensions");
   int64_t stride = 1;
@@ -76,8 +76,8 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype) {
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_cpu(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
 // The pool of torch, for kernels that take a memkern::ParallelFor.
