@@ -2,8 +2,9 @@
 
 import sys as _sys
 
-from memkern.ops import retrieval, routing
+from memkern.ops import expert_update, retrieval, routing
 from memkern.ops.cosine_topk import TopK, cosine_topk, inverse_norms
+from memkern.ops.expert_update import aggregate_experts, gather_slots, scatter_slots, update_experts
 from memkern.ops.retrieval import fuse_sources, retrieved_attention, span_loss
 from memkern.ops.routing import (
     Routing,
@@ -21,8 +22,11 @@ for _name in _sys.modules["memkern.ops.cosine_topk"].__all__:
 __all__ = [
     "Routing",
     "TopK",
+    "aggregate_experts",
     "cosine_topk",
+    "expert_update",
     "fuse_sources",
+    "gather_slots",
     "inverse_norms",
     "load_balance_loss",
     "retrieval",
@@ -30,6 +34,8 @@ __all__ = [
     "route_experts",
     "routing",
     "routing_entropy",
+    "scatter_slots",
     "span_loss",
     "temperature_softmax",
+    "update_experts",
 ]
