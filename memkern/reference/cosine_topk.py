@@ -184,8 +184,8 @@ def score_rows(
     dtype = compute_dtype(queries, database)
     found = indices >= 0
     if database.shape[1] == 0:
-        # No row to gather; the queries keep a (zero) gradient.
-        unused = torch.where(found, queries.to(dtype).sum(-1, keepdim=True), 0.0)
+        # No row to gather; both keep a (zero) gradient.
+        unused = torch.where(found, queries.to(dtype).sum(-1, keepdim=True) + database.to(dtype).sum(), 0.0)
         return torch.where(found, unused, -math.inf)
     group = torch.arange(indices.shape[0], device=indices.device)[:, None, None]
     place = indices.clamp(min=0)
