@@ -12,13 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stored chunk. ``embedding`` is (d_model,), a copy, in the store's dtype."""
+    """A stored chunk; unpacks as ``text, embedding``. ``embedding`` is (d_model,), a copy, in the store's dtype."""
 
     id: int
     text: str
     token_ids: list[int] | None
     embedding: Tensor
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[str | Tensor]:
+        return iter((self.text, self.embedding))
 
 
 @dataclass(frozen=True)
