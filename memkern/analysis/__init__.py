@@ -2,10 +2,11 @@
 
 from memkern.analysis.figures import VISUALIZATION_AVAILABLE
 from memkern.analysis.hops import (
+    BridgeEntity,
     HopInfo,
     HopTracker,
     ReasoningChain,
-    SegmentHop,
+    ReasoningHop,
     attention_confidence,
     extract_simple_entities,
 )
@@ -18,6 +19,7 @@ from memkern.analysis.visualizer import MemoryVisualizer
 
 __all__ = [
     "VISUALIZATION_AVAILABLE",
+    "BridgeEntity",
     "GMMAnalyzer",
     "HopInfo",
     "HopTracker",
@@ -25,7 +27,7 @@ __all__ = [
     "MultiHopDebugger",
     "MultiHopMetrics",
     "ReasoningChain",
-    "SegmentHop",
+    "ReasoningHop",
     "attention_confidence",
     "extract_simple_entities",
     "mean_reciprocal_rank",
