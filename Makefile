@@ -16,8 +16,7 @@ demo: build
 	$(IN_VENV) -m memkern demo $(ARGS)
 
 test: build
-	bash scripts/lint.sh $(IN_VENV)
-	MEMKERN_SECOND_TRITON=$(abspath $(VENV))/triton36 $(IN_VENV) -m pytest $(ARGS)
+	bash scripts/test.sh $(IN_VENV) $(ARGS)
 
 bench: build
 	$(IN_VENV) -m memkern bench $(ARGS)
@@ -25,10 +24,10 @@ bench: build
 gpu: gpu-test gpu-bench
 
 gpu-test: env
-	bash scripts/gpu.sh test $(IN_VENV)
+	$(IN_VENV) scripts/gpu.py test $(ARGS)
 
 gpu-bench: env
-	bash scripts/gpu.sh bench $(IN_VENV)
+	$(IN_VENV) scripts/gpu.py bench $(ARGS)
 
 lint: env
 	bash scripts/lint.sh $(IN_VENV)

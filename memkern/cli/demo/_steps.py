@@ -1,0 +1,142 @@
+"""The steps of the demo, in order. Each prints what it found and leaves its plot in the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a step prints and writes, and how long its training runs last."""
+
+    out: Console
+    folder: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Step:
+    title: str
+    run: Callable[[Stage], None]
+
+
+def machine(stage: Stage) -> None:
+    """What is here."""
+    from memkern import backends
+    from memkern.benchmarks import machine as facts
+    from memkern.benchmarks import registry
+
+    device = "cuda" if facts.gpus() else "cpu"
+    stage.out.print(facts.line(facts.machine(device)), soft_wrap=True)
+    for name in backends.NAMES:
+        reasons = {op: backends.explain(op)[name] for op in registry.specs()}
+        there = [op for op, reason in reasons.items() if reason is None]
+        missing = dict.fromkeys(reason for reason in reasons.values() if reason is not None)
+        note = "" if not missing else f" ({'; '.join(missing)})"
+        stage.out.print(f"  {name}: {len(there)} of {len(reasons)} operators{note}", soft_wrap=True)
+
+
+def validate(stage: Stage) -> None:
+    """Every operator in float32 on the fastest backends here, forward and every gradient, against float64."""
+    from rich.progress import Progress
+
+    from memkern.benchmarks import registry
+    from memkern.benchmarks import validate as engine
+
+    specs = list(registry.specs().values())
+    names = [name for name in engine.here() if name in ("cpp", "cuda")] or ["reference"]
+    results = []
+    with Progress(console=stage.out, transient=True) as progress:
+        task = progress.add_task("validating", total=None)
+        for checked in engine.validate(specs, [engine.ours(name) for name in names], ["float32"]):
+            results.append(checked)
+            progress.update(task, advance=1, description=f"{checked.op} {checked.implementation}")
+    failed = [checked for checked in results if not checked.passed]
+    tensors = sum(len(checked.comparisons) for checked in results)
+    for checked in failed:
+        stage.out.print(f"[red]FAIL[/] {checked.op} {checked.variant} {checked.size} {checked.implementation}")
+    verdict = f"[red]{len(failed)} failed[/]" if failed else "[green]all passed[/]"
+    ran = ", ".join(names)
+    stage.out.print(f"{len(specs)} operators on {ran}: {len(results)} cases, {tensors} tensors compared, {verdict}")
+
+
+def bench(stage: Stage) -> None:
+    """Routing against plain PyTorch and torch.compile on this machine."""
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from memkern.benchmarks import bench as engine
+    from memkern.benchmarks import machine as facts
+    from memkern.benchmarks import registry, report
+    from memkern.benchmarks.providers import default_names
+
+    device = "cuda" if facts.gpus() else "cpu"
+    case = registry.spec("route_experts").case("small", device=device)
+    with Progress(console=stage.out, transient=True) as progress:
+        task = progress.add_task("measuring the limits of this machine", total=None)
+        results = engine.start(device)
+        for _ in engine.run(
+            results, case, default_names(case), ["fwd", "fwd+bwd"],
+            say=lambda text: progress.update(task, description=text),
+        ):  # fmt: skip
+            pass
+    table = Table(box=None, header_style="bold")
+    for name in ("mode", "provider", "time", "vs eager"):
+        table.add_column(name, justify="left" if name in ("mode", "provider") else "right")
+    for row, ratio in report.ratios(results.rows):
+        table.add_row(row.mode, row.provider, report.duration(row.time), "" if ratio is None else f"{ratio:.2f}x")
+    stage.out.print(f"{case.label}, {report.describe(results)[1]}", soft_wrap=True)
+    stage.out.print(table)
+
+
+def routing(stage: Stage) -> None:
+    """Route windows of the Python documentation with and without the load-balance loss."""
+    from rich.progress import Progress
+
+    from memkern.cli.demo import routing as job
+
+    windows, topics = job.documentation_windows()
+    stage.out.print(f"{topics} topics of the Python documentation, {len(windows)} windows of {job.WINDOW} tokens")
+    runs = []
+    with Progress(console=stage.out, transient=True) as progress:
+        for weight in (0.0, 0.01):
+            task = progress.add_task(f"load-balance weight {weight:g}", total=1.0)
+
+            def show(fraction: float, loss: float, task: int = task, weight: float = weight) -> None:
+                label = f"load-balance weight {weight:g}, loss {loss:.2f}"
+                progress.update(task, completed=fraction, description=label)  # type: ignore[arg-type]
+
+            runs.append(job.train(windows, weight, stage.seconds, progress=show))
+    for run in runs:
+        shares = " ".join(f"{share:.2f}" for share in run.shares)
+        stage.out.print(
+            f"weight {run.load_balance_weight:g}: entropy of use {run.entropy:.3f} of 1, experts' shares {shares}, "
+            f"loss on held-out windows {run.loss:.3f} ({run.steps} steps)"
+        )
+    path = stage.folder / "routing.png"
+    job.plot(runs, path)
+    stage.out.print(f"plot: {path}")
+
+
+def search(stage: Stage) -> None:
+    """Look something up in the Python documentation."""
+    from memkern.cli import search as job
+
+    job.command(
+        text=[Path("pydoc")],
+        query=["how does the with statement call __exit__", "what happens when an integer is divided by zero"],
+        top_k=2,
+    )
+
+
+STEPS: dict[str, Step] = {
+    "machine": Step("what this machine has", machine),
+    "validate": Step("are the operators right here?", validate),
+    "bench": Step("routing against plain PyTorch and torch.compile", bench),
+    "routing": Step("routing real text: the Python documentation", routing),
+    "search": Step("exact search in the Python documentation", search),
+}
