@@ -121,7 +121,7 @@ def bench(arguments: list[str]) -> int:
             "--plot",
             str(folder / "ops.png"),
             *arguments,
-        ]  # fmt: skip
+        ]
     )
     return code
 

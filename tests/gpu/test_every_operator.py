@@ -28,7 +28,7 @@ def prepared(name: str, backend: str, dtype: str) -> tuple[Any, dict[str, Any]]:
 
 
 def forward_and_backward(function: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:
-    outputs = [out for out in flatten(function(**arguments)).values()]
+    outputs = list(flatten(function(**arguments)).values())
     roots = [out for out in outputs if out.requires_grad]
     leaves = [leaf for leaf in flatten(arguments).values() if leaf.requires_grad]
     grads = torch.autograd.grad(roots, leaves, [torch.ones_like(r) for r in roots], allow_unused=True) if roots else ()
@@ -36,10 +36,10 @@ def forward_and_backward(function: Any, arguments: dict[str, Any]) -> list[torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
 @pytest.mark.parametrize("name", OPS)
-def test_a_graph_replays_to_the_same_bits(name: str, backend: str, dtype: str) -> None:
-    function, arguments = prepared(name, backend, dtype)
+def test_a_graph_replays_to_the_same_bits(name: str, kernels: str, dtype: str) -> None:
+    function, arguments = prepared(name, kernels, dtype)
     try:
         expected = forward_and_backward(function, arguments)
     except BackendUnavailable as error:
@@ -61,10 +61,10 @@ def test_a_graph_replays_to_the_same_bits(name: str, backend: str, dtype: str) -
             assert torch.equal(got, want) or torch.equal(got.isnan(), want.isnan())
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
 @pytest.mark.parametrize("name", OPS)
-def test_the_host_is_never_waited_for(name: str, backend: str) -> None:
-    function, arguments = prepared(name, backend, "float32")
+def test_the_host_is_never_waited_for(name: str, kernels: str) -> None:
+    function, arguments = prepared(name, kernels, "float32")
     forward_and_backward(function, arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
