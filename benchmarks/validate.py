@@ -217,7 +217,7 @@ def validate_golden(
         if ops and case["op"] not in ops:
             continue
         function = getattr(memkern.ops, case["op"])
-        column = function.__module__.rpartition(".")[2]
+        column = function.__module__.split(".")[2]
         for implementation in implementations:
             called = implementation.function(_GoldenSpec(case["op"], column, function))  # type: ignore[arg-type]
             for dtype in dtypes:
