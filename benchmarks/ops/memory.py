@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from memkern.reference.memory import MemoryInterface, MemoryState
 from ..registry import Case, Cost, Function, OpSpec, Options, Shape, Target, Unsuitable, Work, draw
 
 EPS = 1e-6
+Count = Callable[[int, int, int, int, int], int]
 
 
 def _weights(generator: torch.Generator, dtype: torch.dtype, *size: int) -> Tensor:
@@ -255,7 +256,8 @@ _SCAN = {
 
 def _part(names: str, *more: str) -> Any:
     """Arguments of a part of the step: fields of a state or an interface, by the names the part gives them."""
-    chosen = dict(name.split("=") if "=" in name else (name, name) for name in names.split())
+    pairs = (name.partition("=") for name in names.split())
+    chosen = {name: source or name for name, _, source in pairs}
 
     def make(
         shape: Shape, options: Options, dtype: torch.dtype, device: torch.device, generator: torch.Generator
@@ -273,15 +275,13 @@ def _part(names: str, *more: str) -> Any:
     return make
 
 
-def _part_work(read: str, written: str, flops: str) -> Any:
-    """Costs from formulas in the letters of the shape: elements read and written, operations; twice that backward."""
-
-    def count(formula: str, shape: Shape) -> int:
-        return int(eval(formula, {"__builtins__": {}}, dict(shape)))
+def _part_work(read: Count, written: Count, flops: Count) -> Any:
+    """Costs from counts of elements read and written and of operations, by the letters B, N, W, R, H."""
 
     def work(shape: Shape, options: Options, dtype: torch.dtype) -> Work:
-        e = dtype.itemsize
-        inputs, outputs, operations = count(read, shape) * e, count(written, shape) * e, count(flops, shape)
+        sizes = [shape[letter] for letter in "BNWRH"]
+        inputs, outputs = read(*sizes) * dtype.itemsize, written(*sizes) * dtype.itemsize
+        operations = flops(*sizes)
         return Work(Cost(inputs, outputs, operations), Cost(inputs + outputs, inputs, 2 * operations))
 
     return work
@@ -304,36 +304,72 @@ _PARTS = (
     _part_spec(
         "content_weights",
         _part("memory keys=read_keys strengths=read_strengths"),
-        _part_work("B*N*W + B*R*W + B*R", "B*R*N", "B*N*W*(2*R + 2) + 5*B*R*N"),
+        _part_work(
+            lambda B, N, W, R, H: B * N * W + B * R * W + B * R,
+            lambda B, N, W, R, H: B * R * N,
+            lambda B, N, W, R, H: B * N * W * (2 * R + 2) + 5 * B * R * N,
+        ),
         {"": {}, "masked": {"mask": True}},
     ),
-    _part_spec("sharpen", _part("weights=read_weights", "gamma"), _part_work("B*R*N + B*R", "B*R*N", "20*B*R*N")),
-    _part_spec("allocation_weights", _part("usage"), _part_work("B*N", "B*N", "B*N*N")),
+    _part_spec(
+        "sharpen",
+        _part("weights=read_weights", "gamma"),
+        _part_work(
+            lambda B, N, W, R, H: B * R * N + B * R,
+            lambda B, N, W, R, H: B * R * N,
+            lambda B, N, W, R, H: 20 * B * R * N,
+        ),
+    ),
+    _part_spec(
+        "allocation_weights",
+        _part("usage"),
+        _part_work(lambda B, N, W, R, H: B * N, lambda B, N, W, R, H: B * N, lambda B, N, W, R, H: B * N * N),
+    ),
     _part_spec(
         "update_usage",
         _part("usage write_weights read_weights free_gates"),
-        _part_work("B*N*(1 + H + R) + B*R", "B*N", "B*N*(2*H + 3*R + 3)"),
+        _part_work(
+            lambda B, N, W, R, H: B * N * (1 + H + R) + B * R,
+            lambda B, N, W, R, H: B * N,
+            lambda B, N, W, R, H: B * N * (2 * H + 3 * R + 3),
+        ),
         {"": {}, "detached": {"detach_write": True}},
     ),
     _part_spec(
         "update_links",
         _part("links precedence write_weights"),
-        _part_work("B*H*N*(N + 2)", "B*H*N*(N + 1)", "5*B*H*N*N"),
+        _part_work(
+            lambda B, N, W, R, H: B * H * N * (N + 2),
+            lambda B, N, W, R, H: B * H * N * (N + 1),
+            lambda B, N, W, R, H: 5 * B * H * N * N,
+        ),
     ),
     _part_spec(
         "directional_weights",
         _part("links read_weights"),
-        _part_work("B*H*N*N + B*R*N", "2*B*H*R*N", "4*B*H*R*N*N"),
+        _part_work(
+            lambda B, N, W, R, H: B * H * N * N + B * R * N,
+            lambda B, N, W, R, H: 2 * B * H * R * N,
+            lambda B, N, W, R, H: 4 * B * H * R * N * N,
+        ),
     ),
     _part_spec(
         "read_memory",
         _part("memory weights=read_weights"),
-        _part_work("B*N*W + B*R*N", "B*R*W", "2*B*R*N*W"),
+        _part_work(
+            lambda B, N, W, R, H: B * N * W + B * R * N,
+            lambda B, N, W, R, H: B * R * W,
+            lambda B, N, W, R, H: 2 * B * R * N * W,
+        ),
     ),
     _part_spec(
         "write_memory",
         _part("memory weights=write_weights erase_vectors write_vectors"),
-        _part_work("B*N*W + B*H*(N + 2*W)", "B*N*W", "4*B*H*N*W"),
+        _part_work(
+            lambda B, N, W, R, H: B * N * W + B * H * (N + 2 * W),
+            lambda B, N, W, R, H: B * N * W,
+            lambda B, N, W, R, H: 4 * B * H * N * W,
+        ),
     ),
 )
 
