@@ -624,6 +624,11 @@ template <class T>
 MK_INLINE Vec<acc_t<T>> load_part(const T* p, std::integral_constant<int, Vec<acc_t<T>>::N>) { return load(p); }
 template <class T>
 MK_INLINE Vec<acc_t<T>> load_part(const T* p, int n) { return load_n(p, n); }
+// Puts `fill` into the elements past a tail.
+template <class A>
+MK_INLINE Vec<A> fill_part(Vec<A> x, A, std::integral_constant<int, Vec<A>::N>) { return x; }
+template <class A>
+MK_INLINE Vec<A> fill_part(Vec<A> x, A fill, int n) { return select(iota<A>() < A(n), x, Vec<A>(fill)); }
 template <class T>
 MK_INLINE void store_part(T* p, Vec<acc_t<T>> x, std::integral_constant<int, Vec<acc_t<T>>::N>) { store(p, x); }
 template <class T>

@@ -203,7 +203,9 @@ class _RouteExperts(torch.autograd.Function):
         ctx.backend, ctx.temperature_value, ctx.pooling, ctx.code = backend, temperature_value, pooling, code
         ctx.clamp, ctx.straight_through = clamp, straight_through
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(zero_rows)
+        # The temperature comes after the logits: alone, it makes none of them differentiable.
+        before_logits = any(x is not None and x.requires_grad for x in (hiddens, weight, bias, pool_query))
+        ctx.mark_non_differentiable(*((zero_rows,) if before_logits else (zero_rows, logits)))
         return probs, logits, entropy, loss, zero_rows
 
     @staticmethod
