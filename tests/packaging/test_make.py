@@ -35,19 +35,29 @@ def test_a_missing_tool_is_named_with_the_line_that_installs_it(checkout: Path, 
 
 @pytest.mark.slow
 def test_an_existing_torch_is_used_offline(checkout: Path, tmp_path: Path) -> None:
-    """As on a GPU image whose Python is itself a virtual environment: no index, nothing installed."""
-    done = make_env(checkout, tmp_path / "env")
+    """As on a GPU image whose Python is itself a virtual environment: no index, torch as it is, an editable install."""
+    environment = {**os.environ, "CI": "", "PIP_NO_INDEX": "1", "MEMKERN_BUILD_CPP": "0", "MEMKERN_BUILD_CUDA": "0"}
+    done = subprocess.run(
+        ["make", "build", f"PYTHON={sys.executable}", f"VENV={tmp_path / 'env'}"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "using torch" in done.stdout
+    code = "import torch, pytest, sys, memkern; print(torch.__file__, sys.prefix, memkern.__file__, sep='\\n')"
     python = tmp_path / "env" / "bin" / "python"
-    code = "import torch, pytest, sys; print(torch.__file__); print(sys.prefix)"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
-    torch_file, prefix = found.stdout.splitlines()
+    torch_file, prefix, memkern_file = found.stdout.splitlines()
     import torch
 
     assert torch_file == torch.__file__
     assert Path(prefix) == tmp_path / "env"
+    assert Path(memkern_file).is_relative_to(checkout)
+    version = subprocess.run([tmp_path / "env" / "bin" / "memkern", "--version"], capture_output=True, text=True)
+    assert version.stdout.startswith("memkern ")
 
 
 def test_ci_refuses_to_skip_a_check(checkout: Path) -> None:

@@ -1,0 +1,79 @@
+"""Rewrite the result tables of README.md from the files under benchmarks/results: readme.py [--check].
+
+A section of the README between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` belongs to the function of that name
+below. ``--check`` changes nothing and fails when the README is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def targets() -> str:
+    """Every target that was measured, machine by machine."""
+    from memkern.benchmarks.bench import Promise
+    from memkern.benchmarks.machine import line
+    from memkern.benchmarks.registry import Target
+    from memkern.benchmarks.report import PROMISE_HEADER, markdown, promise_cells
+
+    parts = []
+    for path in sorted(RESULTS.glob("*/ops.json")):
+        content = read(path)
+        rows = []
+        for entry in content["targets"]:
+            fields = {name: entry[name] for name in Target.__dataclass_fields__}
+            promise = Promise(entry["op"], Target(**fields), entry["measured"], entry["note"])
+            if promise.measured is not None:
+                rows.append(promise_cells(promise))
+        facts = content["machine"]
+        how = "device time" if facts["device"] == "cuda" else "process CPU time, one thread"
+        parts.append(f"{line(facts)}; {how}.\n\n{markdown(PROMISE_HEADER, rows)}")
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def recall() -> str:
+    """Every table of a recall protocol, as the protocol's own report wrote it."""
+    parts = [path.read_text().strip() for path in sorted((RESULTS / "recall").glob("*.md"))]
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"targets": targets, "recall": recall}
+
+
+def rewritten(text: str) -> str:
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if pattern.search(text):
+            body = section()
+            text = pattern.sub(lambda match, b=begin, e=end, t=body: f"{b}\n{t}\n{e}", text)
+    return text
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = rewritten(old)
+    if "--check" in sys.argv[1:]:
+        if new != old:
+            print("README.md is out of date: run scripts/readme.py")
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
