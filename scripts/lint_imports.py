@@ -18,7 +18,8 @@ COPY = ROOT / "build" / "lint"
 
 def copy_package() -> None:
     shutil.rmtree(COPY, ignore_errors=True)
-    keep_out = shutil.ignore_patterns("__pycache__", "*.so", "results")
+    # benchmarks/systems holds programs that measure whole models: like tests they may use every floor.
+    keep_out = shutil.ignore_patterns("__pycache__", "*.so", "results", "systems")
     shutil.copytree(ROOT / "memkern", COPY / "memkern", symlinks=False, ignore=keep_out)
     shutil.copy(ROOT / "pyproject.toml", COPY)
     for folder, _, files in os.walk(COPY / "memkern"):

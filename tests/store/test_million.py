@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from memkern.benchmarks.store import measure
+from memkern.benchmarks.systems.store import measure
 
 
 def test_measures_every_step(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A MemoryStore with a million chunks: how long it takes to add, search, save and load them, and how large they are.
 
-Run as ``python -m memkern.benchmarks.store [--chunks N] [--width D] [--json FILE]``.
+Run as ``python -m memkern.benchmarks.systems.store [--chunks N] [--width D] [--json FILE]``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import torch
 import typer
 from torch import Tensor
 
+from memkern.benchmarks import machine
 from memkern.store import MemoryStore
-
-from . import machine
 
 _BATCH = 16384
 
