@@ -92,8 +92,8 @@ _NORMS_BWD = define(
     column="cosine_topk",
 )
 
-backends.declare("cosine_topk")
-backends.declare("inverse_norms")
+for _op in ("cosine_topk", "inverse_norms"):
+    backends.declare(_op, cpp=backends.ALL)
 
 
 class _CosineTopK(torch.autograd.Function):

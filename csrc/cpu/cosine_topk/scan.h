@@ -1,0 +1,246 @@
+// Scores a block of queries against a tile of rows and reports the pairs that pass the queries' bounds.
+//
+// Lanes are queries: a step loads one element of each query of a panel, and broadcasts one element of each row. So rows
+// are read as they lie, no sum is ever taken across lanes, and a score is compared where it was computed. The queries
+// are packed once, step by step, and stay in L2; a tile of rows is brought to the scan's own type on the way in.
+//
+// search.cpp has the meaning; this file is compiled in two forms, for float elements, and (scan_dot.cpp) for pairs of
+// bfloat16 on processors that multiply those. Include after common/vec.h.
+#pragma once
+
+#include "cpu/cosine_topk/scan_types.h"
+
+namespace memkern::cpu::MK_NS {
+namespace {
+
+#if defined(MK_DOT_BF16)
+// A step is a pair of bfloat16 values in 32 bits.
+using Element32 = uint32_t;
+constexpr int kPerStep = 2;
+MK_INLINE VecF broadcast_step(const Element32* x) {
+  return (VecF::raw)_mm512_castsi512_ps(_mm512_set1_epi32(int(*x)));
+}
+MK_INLINE VecF multiply_add(VecF query, VecF row, VecF sum) {
+  return (VecF::raw)_mm512_dpbf16_ps(sum.v, (__m512bh)query.v, (__m512bh)row.v);
+}
+#else
+using Element32 = float;
+constexpr int kPerStep = 1;
+MK_INLINE VecF broadcast_step(const Element32* x) { return VecF(*x); }
+MK_INLINE VecF multiply_add(VecF query, VecF row, VecF sum) { return fma(query, row, sum); }
+#endif
+
+constexpr int kLanes = VecF::N;
+// Accumulators: at least twelve, to cover the latency of two units, and at most what the registers hold.
+constexpr int kWidestPanel = MK_VEC == 512 ? 3 : 2;
+template <int Vectors>
+constexpr int kRowsAtOnce = MK_VEC == 512 ? (Vectors == 3 ? 8 : 12) : MK_VEC == 256 ? (Vectors == 2 ? 6 : 12) : (Vectors == 2 ? 4 : 8);
+static_assert(kTileRows % 24 == 0, "a tile is a whole number of row groups");
+
+int64_t padded_width(int64_t width) { return (width + kPerStep - 1) / kPerStep * kPerStep; }
+
+int64_t panel_vectors(int64_t left) { return std::min<int64_t>(kWidestPanel, left); }
+
+// One panel: up to kWidestPanel vectors of queries (count, stride), of unit length. `loss`: for each, the length of what
+// rounding to the scan's type took away.
+void pack(const float* queries, int64_t count, int64_t stride, int64_t width, void* panel, double* loss) {
+  const int64_t steps = padded_width(width) / kPerStep, lanes = (count + kLanes - 1) / kLanes * kLanes;
+  auto* out = static_cast<Element32*>(panel);
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    double lost = 0;
+    for (int64_t s = 0; s < steps; ++s) {
+      Element32 element = 0;
+      if (lane < count) {
+#if defined(MK_DOT_BF16)
+        for (int i = 0; i < 2; ++i) {
+          const int64_t d = 2 * s + i;
+          const float x = d < width ? queries[lane * stride + d] : 0.0f;
+          const bf16 rounded = from_acc<bf16>(x);
+          const double difference = double(x) - double(to_acc(rounded));
+          lost += difference * difference;
+          element |= uint32_t(rounded.bits) << (16 * i);
+        }
+#else
+        element = queries[lane * stride + s];
+#endif
+      }
+      out[s * lanes + lane] = element;
+    }
+    if (lane < count) loss[lane] = std::sqrt(lost);
+  }
+}
+
+// One row in the scan's type, padded with zeros; returns the sum of its squares.
+template <class T>
+MK_INLINE float bring(const T* from, int64_t width, Element32* to) {
+  VecF sums[4] = {VecF(0.0f), VecF(0.0f), VecF(0.0f), VecF(0.0f)};
+  int64_t i = 0;
+#if defined(MK_DOT_BF16)
+  if constexpr (std::is_same_v<T, bf16>) {
+    for (; i + 64 <= width; i += 64) {
+      for (int s = 0; s < 2; ++s) {
+        const __m512i x = _mm512_loadu_si512(from + i + 32 * s);
+        _mm512_storeu_si512(to + (i + 32 * s) / 2, x);
+        sums[s] = (VecF::raw)_mm512_dpbf16_ps(sums[s].v, (__m512bh)x, (__m512bh)x);
+      }
+    }
+  } else {
+    for (; i + 64 <= width; i += 64) {
+      for (int s = 0; s < 2; ++s) {
+        const VecF a = load(from + i + 32 * s), b = load(from + i + 32 * s + 16);
+        _mm512_storeu_si512(to + (i + 32 * s) / 2, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
+        sums[2 * s] = fma(a, a, sums[2 * s]);
+        sums[2 * s + 1] = fma(b, b, sums[2 * s + 1]);
+      }
+    }
+  }
+  auto* halves = reinterpret_cast<bf16*>(to);
+  for (; i < width; i += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, width - i);
+    const VecF a = load_n(from + i, n);
+    sums[0] = fma(a, a, sums[0]);
+    store_n(halves + i, a, n);
+  }
+  if (width % 2) halves[width] = {0};
+#else
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+    for (int s = 0; s < 4; ++s) {
+      const VecF a = load(from + i + s * kLanes);
+      store(to + i + s * kLanes, a);
+      sums[s] = fma(a, a, sums[s]);
+    }
+  }
+  for (; i < width; i += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, width - i);
+    const VecF a = load_n(from + i, n);
+    sums[0] = fma(a, a, sums[0]);
+    store_n(to + i, a, n);
+  }
+#endif
+  return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <class T>
+void bring_rows(const void* database, int64_t stride, int64_t width, const int64_t* rows, int64_t count, void* tile,
+                int64_t tile_stride, float* squares) {
+  for (int64_t r = 0; r < count; ++r) {
+    squares[r] = bring(static_cast<const T*>(database) + rows[r] * stride, width,
+                       static_cast<Element32*>(tile) + r * tile_stride);
+  }
+}
+
+// Lanes where x >= bound; NaN is not.
+MK_INLINE uint32_t at_least(VecF x, VecF bound) {
+#if MK_X86 && MK_VEC == 512
+  return _mm512_cmp_ps_mask(x.v, bound.v, _CMP_GE_OQ);
+#elif MK_X86 && MK_VEC == 256
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.v, bound.v, _CMP_GE_OQ)));
+#elif MK_X86
+  return uint32_t(_mm_movemask_ps(_mm_cmpge_ps(x.v, bound.v)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(x.v[i] >= bound.v[i]) << i;
+  return bits;
+#endif
+}
+
+__attribute__((noinline)) void report(const TileScan& t, VecF upper, uint32_t hits, int64_t first_query, int64_t row) {
+  float values[kLanes];
+  store(values, upper);
+  for (; hits != 0; hits &= hits - 1) {
+    const int lane = __builtin_ctz(hits);
+    // A hit before may have raised the bound.
+    if (values[lane] >= t.bounds[first_query + lane]) {
+      t.hit(t.context, first_query + lane, t.rows[row], values[lane], values[lane] - 2 * t.margin[row]);
+    }
+  }
+}
+
+// Spreads the fetching of the next tile over the steps of this one.
+struct Ahead {
+  const char* at;
+  const char* end;
+  int64_t lines;  // for each 16 steps
+};
+
+template <int Vectors>
+__attribute__((noinline)) void scan_panel(const TileScan& t, const Element32* panel, int64_t first_query, Ahead& ahead) {
+  constexpr int R = kRowsAtOnce<Vectors>;
+  const int64_t stride = t.tile_stride, steps = t.steps;
+  for (int64_t row = 0; row < t.count; row += R) {
+    VecF sums[R][Vectors];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < Vectors; ++v) sums[r][v] = VecF(0.0f);
+    }
+    const Element32* q = panel;
+    const Element32* x = static_cast<const Element32*>(t.tile) + row * stride;
+    const char* fetch = ahead.at;
+    for (int64_t s = 0; s < steps;) {
+      for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(fetch + 64 * i, 0, 2);
+      fetch += 64 * ahead.lines;
+      const int64_t end = std::min(s + 16, steps);
+      for (; s < end; ++s) {
+        VecF query[Vectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v) query[v] = load(reinterpret_cast<const float*>(q + v * kLanes));
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          const VecF element = broadcast_step(x + r * stride);
+#pragma GCC unroll 3
+          for (int v = 0; v < Vectors; ++v) sums[r][v] = multiply_add(query[v], element, sums[r][v]);
+        }
+        q += Vectors * kLanes;
+        ++x;
+      }
+    }
+    ahead.at = fetch < ahead.end ? fetch : ahead.end;
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const VecF inverse(t.inverse[row + r]), margin(t.margin[row + r]);
+#pragma GCC unroll 3
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t first = first_query + v * kLanes;
+        const VecF upper = fma(sums[r][v], inverse, margin);
+        const uint32_t hits = at_least(upper, load(t.bounds + first));
+        if (__builtin_expect(hits != 0, 0)) report(t, upper, hits, first, row + r);
+      }
+    }
+  }
+}
+
+void scan_tile(const TileScan& t) {
+  const int64_t vectors = (t.queries + kLanes - 1) / kLanes;
+  // Rounds of 16 steps in this tile: a panel goes over the rows in groups.
+  int64_t rounds = 0;
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t panel = panel_vectors(vectors - v);
+    const int64_t at_once = panel == 3 ? kRowsAtOnce<3> : panel == 2 ? kRowsAtOnce<2> : kRowsAtOnce<1>;
+    rounds += (t.count + at_once - 1) / at_once * ((t.steps + 15) / 16);
+    v += panel;
+  }
+  const int64_t lines = (t.ahead_bytes + 63) / 64;
+  Ahead ahead{static_cast<const char*>(t.ahead), static_cast<const char*>(t.ahead) + t.ahead_bytes,
+              rounds ? (lines + rounds - 1) / rounds : 0};
+  const auto* panel = static_cast<const Element32*>(t.panels);
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t wide = panel_vectors(vectors - v);
+    if (wide == 3) {
+      if constexpr (kWidestPanel == 3) scan_panel<3>(t, panel, v * kLanes, ahead);
+    } else if (wide == 2) {
+      scan_panel<2>(t, panel, v * kLanes, ahead);
+    } else {
+      scan_panel<1>(t, panel, v * kLanes, ahead);
+    }
+    panel += t.steps * wide * kLanes;
+    v += wide;
+  }
+}
+
+constexpr ScanKernels kScanKernels = {
+    kPerStep, kLanes, kWidestPanel * kLanes, pack, scan_tile, {bring_rows<float>, bring_rows<bf16>, bring_rows<f16>},
+};
+
+}  // namespace
+}  // namespace memkern::cpu::MK_NS

@@ -1,0 +1,40 @@
+// How the search drives a scan: one tile of rows, a block of queries, and the kernels of one element type. Include after
+// cpu/isa.h.
+#pragma once
+
+namespace memkern::cpu::MK_NS {
+
+constexpr int64_t kTileRows = 48;
+
+struct TileScan {
+  const void* tile;  // rows in the scan's type, tile_stride 32-bit elements apart
+  int64_t tile_stride;
+  int64_t count;  // of rows; the tile has room for whole groups of them
+  int64_t steps;
+  const int64_t* rows;
+  const float* inverse;  // a score is the product times this
+  const float* margin;   // at most this far from the truth, as the scan measures it
+  const void* panels;
+  int64_t queries;
+  const float* bounds;  // one for each lane, infinite for those beyond the queries
+  const void* ahead;    // what the next tile will read
+  int64_t ahead_bytes;
+  void (*hit)(void* context, int64_t query, int64_t row, float upper, float lower);
+  void* context;
+};
+
+struct ScanKernels {
+  int per_step;  // elements of a row in 32 bits
+  int lanes;         // queries are padded to a multiple of it
+  int panel;         // queries that are packed together
+  void (*pack)(const float* queries, int64_t count, int64_t stride, int64_t width, void* panel, double* loss);
+  void (*scan)(const TileScan&);
+  // By the dtype of the database: float, bfloat16, float16.
+  void (*bring[3])(const void* database, int64_t stride, int64_t width, const int64_t* rows, int64_t count, void* tile,
+                   int64_t tile_stride, float* squares);
+};
+
+// Pairs of bfloat16, or null where the processor or the instruction set of this namespace has no such products.
+const ScanKernels* bf16_scan();
+
+}  // namespace memkern::cpu::MK_NS
