@@ -203,7 +203,8 @@ class MemoryController(nn.Module):
         expected = (self.memory_slots, self.memory_dim)
         if memory.dim() not in (2, 3) or tuple(memory.shape[-2:]) != expected:
             raise ValueError(
-                f"memory state: expected shape {expected} or (B, {expected[0]}, {expected[1]}), got {tuple(memory.shape)}"
+                f"memory state: expected shape {expected} or (B, {expected[0]}, {expected[1]}), "
+                f"got {tuple(memory.shape)}"
             )
         self._set_state = copy_state(state)
 

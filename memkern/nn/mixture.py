@@ -15,15 +15,15 @@ INIT_STRATEGIES = ("learned", "zeros", "uniform", "orthogonal")
 class GatedMemoryMixture(nn.Module):
     """k memory banks (S, D): the learned values from which every document starts.
 
-    The parameters are never overwritten. ``set_expert_state`` stores a copy beside them, which ``get_expert_state`` then
-    gives, and ``reset_experts`` drops it, so that a reset returns to the learned values.
+    The parameters are never overwritten. ``set_expert_state`` stores a copy beside them, which ``get_expert_state``
+    then gives, and ``reset_experts`` drops it, so that a reset returns to the learned values.
 
     Args:
         num_experts: k in [2, ``max_experts``].
         memory_slots: S >= 1.
         hidden_dim: D >= 1.
-        init_strategies: how the parameters are drawn, one name for all experts or a list of k: "learned" (normal, 0.02),
-            "zeros", "uniform" (in [0, 0.1)) or "orthogonal" (orthonormal rows where S <= D).
+        init_strategies: how the parameters are drawn, one name for all experts or a list of k: "learned" (normal,
+            0.02), "zeros", "uniform" (in [0, 0.1)) or "orthogonal" (orthonormal rows where S <= D).
         max_experts: the largest k accepted.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,9 @@ class ExpertUpdater(nn.Module):
     def pack(self) -> None:
         """Lay the experts' weights side by side, so that stacking them copies nothing; values stay as they are."""
         for networks in (self.gate_networks, self.update_networks):
-            pack([layer.weight for layer in networks])
-            pack([layer.bias for layer in networks])
+            weights, biases = _parameters(networks)
+            pack(weights)
+            pack(biases)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
@@ -74,15 +75,12 @@ class ExpertUpdater(nn.Module):
         Returns:
             (B, k, S, D).
         """
-        gates, updates = list(self.gate_networks), list(self.update_networks)
+        parameters = (*_parameters(self.gate_networks), *_parameters(self.update_networks))
         return update_experts(
             states,
             write_hiddens,
             routing_probs,
-            stacked([layer.weight for layer in gates]),
-            stacked([layer.bias for layer in gates]),
-            stacked([layer.weight for layer in updates]),
-            stacked([layer.bias for layer in updates]),
+            *(stacked(parts) for parts in parameters),
             row_mask=row_mask,
             backend=self.backend,
         )
@@ -118,3 +116,9 @@ class ExpertUpdater(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_dim={self.hidden_dim}, num_experts={self.num_experts}"
+
+
+def _parameters(networks: nn.ModuleList) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The layers' weights and biases, in order."""
+    layers = cast("list[nn.Linear]", list(networks))
+    return [cast("nn.Parameter", layer.weight) for layer in layers], [layer.bias for layer in layers]

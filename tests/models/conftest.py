@@ -41,7 +41,7 @@ def segment(seed: int = 0, *, labels: bool = True, padding: int = 0, batch: int 
 
 
 def awake(model: Any, seed: int = 1) -> Any:
-    """The model with every projection that starts at zero moved off it, so that memory reaches the logits everywhere."""
+    """The model with every projection that starts at zero moved off it, so that memory reaches every logit."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.memory_named_parameters():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import XLNetConfig, XLNetModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -73,12 +73,13 @@ class MemXLNetModel(XLNetModel):
 
     def __init__(self, config: XLNetConfig) -> None:
         super().__init__(config)
+        layer: Any
         for layer in self.layer:
             layer.__class__ = MemXLNetLayer
             layer.rel_attn.__class__ = MemXLNetRelativeAttention
             layer.rel_attn.config = config
         # transformers makes some parameters by a constructor that ignores the default dtype.
-        self.to(torch.get_default_dtype())
+        nn.Module.to(self, torch.get_default_dtype())
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """ "eager" unless "sdpa" is asked for: the default has to equal transformers bit for bit."""

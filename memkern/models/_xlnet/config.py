@@ -23,7 +23,7 @@ class MemoryConfigMixin:
     aliases: ClassVar[dict[str, str]] = {}
     """Other names under which a field is accepted."""
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+    keys_to_ignore_at_inference: Any = [  # noqa: RUF012 - transformers adds to a list
         "mems",
         "new_memory_state",
         "memory_info",

@@ -118,7 +118,7 @@ def _config(config_class: Any, fields: dict[str, Any], kwargs: dict[str, Any]) -
 
 
 def _memory_part(config: Any, same: bool, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that a converted model takes over: all of its own kind, else those about memory that both kinds have."""
+    """The fields that a converted model takes over: all of its own kind, else those that both kinds have."""
     if same:
         kept = {name: getattr(config, name) for name in config.memory_fields}
         if "memory_slots" in fields and "mem_token_count" not in fields and config.model_type == "gmm_xlnet":

@@ -1,7 +1,8 @@
-"""The part of the XLNet models that does not depend on the kind of memory: segments, documents, heads, losses, state."""
+"""The part of the XLNet models that no kind of memory changes: segments, documents, heads, losses, state."""
 
 from __future__ import annotations
 
+import importlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,9 @@ from memkern.nn.fusion import MemoryFusion
 from memkern.nn.state import copy_state, detach_state, load_state, map_state, save_state, select_rows
 
 try:  # skips what a checkpoint has loaded already
-    from transformers import initialization as init
+    init: Any = importlib.import_module("transformers.initialization")
 except ImportError:  # 5.0
-    init = nn.init  # type: ignore[assignment]
+    init = nn.init
 
 
 @dataclass
@@ -53,7 +54,8 @@ class MemoryXLNet(XLNetPreTrainedModel):
 
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules: ClassVar[Any] = ["MemXLNetLayer"]
+    _no_split_modules: Any = ["MemXLNetLayer"]  # noqa: RUF012 - the type transformers gives it
+    config_class: Any
     accepts_loss_kwargs = False
     initial_memories: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the parameters that are learned initial memory."""
@@ -83,7 +85,7 @@ class MemoryXLNet(XLNetPreTrainedModel):
         """Initialise what is new, and put it where the base model is."""
         self.post_init()
         if isinstance(base_model, PreTrainedModel):
-            self.to(device=base_model.device, dtype=base_model.dtype)
+            nn.Module.to(self, device=base_model.device, dtype=base_model.dtype)
             self.train(base_model.training)
 
     @classmethod
@@ -233,7 +235,8 @@ class MemoryXLNet(XLNetPreTrainedModel):
         checkpoint of another type: what is missing is initialised, and a warning lists it.
 
         Raises:
-            ValueError: the checkpoint holds another type of memory and no keyword asks for a conversion; both are named.
+            ValueError: the checkpoint holds another type of memory and no keyword asks for a conversion; the message
+                names both.
         """
         return loading.load(cls, pretrained_model_name_or_path, args, config, kwargs)
 
@@ -464,20 +467,21 @@ class MemoryXLNet(XLNetPreTrainedModel):
         return 0.0
 
     def _tie_unused(self, loss: Tensor) -> Tensor:
-        """Under DDP every parameter has to reach the loss: those that this call did not use reach it with weight zero."""
+        """Under DDP every parameter has to reach the loss: what this call did not use reaches it with weight zero."""
         if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
             return loss
         if torch.distributed.get_world_size() == 1:
             return loss
-        rarely = [p for name, p in self.named_parameters() if self.is_memory_parameter(name) and p.requires_grad]
+        rarely = [p for name, p in self.named_parameters() if self.is_memory_parameter(name)]
         rarely.append(self.transformer.mask_emb)
+        layer: Any
         for layer in self.transformer.layer:
             rarely += [layer.rel_attn.seg_embed, layer.rel_attn.r_s_bias]
         return loss + sum(0.0 * p.flatten()[0] for p in rarely if p.requires_grad)
 
 
 def span_cross_entropy(logits: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
-    """Mean cross-entropy of (..., T) logits with positions (...); the index T and masked rows are ignored, none gives 0."""
+    """Mean cross-entropy of (..., T) logits with positions (...) without the index T and masked rows; none gives 0."""
     length = logits.shape[-1]
     if positions.dim() == logits.dim():
         positions = positions.squeeze(-1)

@@ -75,7 +75,7 @@ def place(segment: Segment, read: Tensor, write: Tensor | None, backend: str | N
     Write tokens that the inputs carry and that this memory has no use for (``write`` is None) are masked, so that they
     change nothing.
     """
-    batch, length, width = segment.embeddings.shape
+    batch, length, _ = segment.embeddings.shape
     embeddings = segment.embeddings
     dtype, device = embeddings.dtype, embeddings.device
     types = segment.token_type_ids
@@ -147,5 +147,6 @@ def check_present(name: str, input_ids: Tensor, ids: Tensor, rows: Tensor | None
     if bool(absent.any()):
         row, index = (int(i) for i in absent.nonzero()[0])
         raise ValueError(
-            f"{name}: strict_memory_tokens is on and memory token {int(ids[index])} is absent from row {row} of input_ids"
+            f"{name}: strict_memory_tokens is on, and memory token {int(ids[index])} is absent from row {row} of "
+            "input_ids"
         )

@@ -57,7 +57,6 @@ class GMMXLNetConfig(MemoryConfigMixin, XLNetConfig):
     )
     type_fields = ("use_gmm_memory", "num_experts")
     aliases = {"num_memory_experts": "num_experts", "gmm_routing_mode": "routing_mode"}  # noqa: RUF012 - never changed
-    keys_to_ignore_at_inference = MemoryConfigMixin.keys_to_ignore_at_inference
 
     def __init__(
         self,

@@ -21,10 +21,10 @@ from memkern.nn.updater import ExpertUpdater
 class GMMXLNetForQA(MemoryXLNet):
     """XLNet with k memory experts, routed by what a segment writes.
 
-    Per segment: the experts' weighted sum enters at the read tokens' input embeddings; the states at the write tokens are
-    routed and update the experts; the sum of the updated experts is fused into all token states before the head. The
-    weights are the routing that the state carries from the segment before ("write-based"), or those of a router on the
-    segment's own embeddings ("read-based").
+    Per segment: the experts' weighted sum enters at the read tokens' input embeddings; the states at the write tokens
+    are routed and update the experts; the sum of the updated experts is fused into all token states before the head.
+    The weights are the routing that the state carries from the segment before ("write-based"), or those of a router on
+    the segment's own embeddings ("read-based").
 
     Args:
         base_model: an ``XLNetForQuestionAnsweringSimple`` or ``XLNetModel``, whose parameters are shared, or a config.

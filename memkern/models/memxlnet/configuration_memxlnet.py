@@ -53,7 +53,6 @@ class MemXLNetConfig(MemoryConfigMixin, XLNetConfig):
         *COMMON_FIELDS,
     )
     type_fields = ("mem_token_count", "use_differentiable_memory")
-    keys_to_ignore_at_inference = MemoryConfigMixin.keys_to_ignore_at_inference
 
     def __init__(
         self,

@@ -20,10 +20,10 @@ from memkern.ops.memory import MemoryState, initial_memory_state, read_memory
 class MemXLNetForQA(MemoryXLNet):
     """XLNet with one bank of memory tokens, or with a differentiable memory.
 
-    Token memory, per segment: the m incoming vectors enter at the read tokens' input embeddings; the states at the write
-    tokens update them by a gate (M' = g u + (1 - g) M); the updated bank is fused into all token states before the head.
-    Differentiable memory: the incoming reads enter at the read tokens, the CLS state drives one step of the memory, and
-    its reads are fused before the head.
+    Token memory, per segment: the m incoming vectors enter at the read tokens' input embeddings; the states at the
+    write tokens update them by a gate (M' = g u + (1 - g) M); the updated bank is fused into all token states before
+    the head. Differentiable memory: the incoming reads enter at the read tokens, the CLS state drives one step of the
+    memory, and its reads are fused before the head.
 
     Args:
         base_model: an ``XLNetForQuestionAnsweringSimple`` or ``XLNetModel``, whose parameters are shared, or a config.
@@ -252,7 +252,7 @@ class MemXLNetForQA(MemoryXLNet):
 
 
 def _spread(reads: Tensor, count: int) -> Tensor:
-    """Reads of R heads (B, R, W) on ``count`` tokens: head i mod R at token i; with fewer tokens, means of the heads."""
+    """Reads of R heads (B, R, W) on ``count`` tokens: head i mod R at token i; on fewer tokens their means."""
     heads = reads.shape[1]
     if count == heads:
         return reads
