@@ -104,26 +104,17 @@ def sanitize() -> dict[str, dict[str, Any]]:
 
 
 def bench(arguments: list[str]) -> int:
-    """Every operator's targets and shapes; writes ops.json and ops.png."""
+    """Every operator's targets, all named sizes, then whole systems; writes ops.json, ops.png, end_to_end.json."""
     folder, _ = results_folder()
-    target = folder / "ops.json"
-    code, _ = run(
-        [
-            sys.executable,
-            "-m",
-            "memkern",
-            "bench",
-            "--device",
-            "cuda",
-            "--resume",
-            "--json",
-            str(target),
-            "--plot",
-            str(folder / "ops.png"),
-            *arguments,
-        ]
-    )
-    return code
+    operators = [
+        *(sys.executable, "-m", "memkern", "bench", "--device", "cuda", "--resume"),
+        *("--json", str(folder / "ops.json"), "--plot", str(folder / "ops.png"), *arguments),
+    ]
+    sizes = [word for size in ("small", "medium", "large") for word in ("--size", size)]
+    dtypes = ["--dtype", "bfloat16", "--dtype", "float32"]
+    systems = [sys.executable, "-m", "memkern.benchmarks.systems.end_to_end", "--device", "cuda"]
+    runs = [operators, [*operators, *sizes, *dtypes], [*systems, "--json", str(folder / "end_to_end.json")]]
+    return max(run(command)[0] for command in runs)
 
 
 def main() -> int:

@@ -58,6 +58,8 @@ def command(
         check_choices("--dtype", dtype or [], list(registry.DTYPES))
         check_choices("--mode", mode or [], registry.MODES)
         specs = [registry.spec(name) for name in op] if op else list(registry.specs().values())
+        if op is None and size:
+            specs = [spec for spec in specs if set(size) & set(spec.shapes)]
         cases = _cases(specs, size or [], variant or [], dtype or [], mode or [], shape, device)
         if not cases:
             raise ValueError(
@@ -99,7 +101,9 @@ def _cases(
                     chosen = [mode for mode in registry.MODES if mode in (modes or named)]
                     found.append((spec.case(size, variant=variant, dtype=dtype, device=device), chosen))
             continue
-        shapes: list[str | dict[str, int]] = list(sizes)
+        shapes: list[str | dict[str, int]] = (
+            [one for one in sizes if one in spec.shapes] if len(sizes) > 1 else [*sizes]
+        )
         if shape is not None:
             base = sizes[0] if sizes else "small"
             shapes = [registry.override(spec, base, changes) for changes in registry.parse_shape(shape)]
