@@ -1,7 +1,8 @@
 """FAISS behind a store: approximate search at a scale where the exact one is too slow, and exchange of indexes.
 
 The index is a cache of the store's rows, keyed by slot, brought up to date at the next search after a change: appended
-rows are added, anything else rebuilds it. Rows that must not be found (holes, a filter) are excluded by a selector.
+rows are added; anything else, or twice as many rows as it was made for, rebuilds it. Rows that must not be found (holes,
+a filter) are excluded by a selector.
 """
 
 from __future__ import annotations
@@ -49,17 +50,24 @@ class FaissIndex:
         except RuntimeError as error:
             raise ValueError(f"index: FAISS does not understand {name!r}") from error
         self._lock = threading.Lock()
-        self._version = -1
+        self._rewrites = -1
+        self._made_for = 0
         self._index: Any = None
 
     def search(
-        self, ring: Ring, version: int, queries: Tensor, top_k: int, allowed: Tensor | None
+        self, ring: Ring, rewrites: int, queries: Tensor, top_k: int, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(Q, k) scores and slots, -1 where there are fewer; FAISS decides what is near."""
+        """(Q, k) scores and slots, -1 where there are fewer; FAISS decides what is near.
+
+        Args:
+            rewrites: grows with every change of the rows that is no appending.
+        """
         with self._lock:
-            if version != self._version:
+            if rewrites != self._rewrites or ring.size > 2 * self._made_for:
                 self._build(ring)
-                self._version = version
+                self._rewrites, self._made_for = rewrites, ring.size
+            elif ring.size > self._index.ntotal:
+                self._append(ring)
             index = self._index
         count = min(top_k, ring.size)
         parameters = None
@@ -81,6 +89,13 @@ class FaissIndex:
             index.nprobe = max(1, index.nlist // 8)
         self._index = self._faiss.IndexIDMap2(index)
         self._index.add_with_ids(rows, slots)
+
+    def _append(self, ring: Ring) -> None:
+        """Add the youngest rows, all that came since; searches that run beside this one keep the index they took."""
+        slots = np.fromiter(ring.rows(), dtype=np.int64, count=ring.size)[self._index.ntotal :]
+        index = self._faiss.clone_index(self._index)
+        index.add_with_ids(self._prepare(ring.embeddings[torch.from_numpy(slots)]), slots)
+        self._index = index
 
     def _prepare(self, rows: Tensor) -> Any:
         wide = rows.detach().float().cpu()

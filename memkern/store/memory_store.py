@@ -73,6 +73,7 @@ class MemoryStore:
         self._added = self._evicted = self._deleted = 0
         self._score_matrix = torch.eye(d_model) if retrieval_method == "learned" else None
         self._version = 0
+        self._rewrites = 0  # changes other than appending, after which an approximate index starts anew
         self._approximate: Any = None
         if index != "exact":
             from memkern.store.faiss_index import FaissIndex
@@ -146,6 +147,7 @@ class MemoryStore:
             for _ in range(max(0, self._ring.size + len(chunks) - skipped - self.max_chunks)):
                 self._ring.remove(self._ring.oldest())
                 self._evicted += 1
+                self._rewrites += 1
             self._ring.make_room(len(chunks) - skipped)
             slots = self._ring.append(rows[skipped:], self._norms(rows[skipped:]))
             for offset, slot in enumerate(slots, start=skipped):
@@ -181,6 +183,7 @@ class MemoryStore:
                 self._ring.token_ids[slot] = tokens
             if meta is not None:
                 self._ring.metadata[slot] = dict(meta)
+            self._rewrites += row is not None
             self._version += 1
 
     def delete(self, ids: int | Iterable[int]) -> None:
@@ -190,6 +193,7 @@ class MemoryStore:
             for slot in [self._slot(id) for id in wanted]:
                 self._ring.remove(slot)
             self._deleted += len(wanted)
+            self._rewrites += 1
             self._version += 1
 
     def clear(self) -> None:
@@ -197,6 +201,7 @@ class MemoryStore:
         with self._lock.write():
             self._deleted += self._ring.size
             self._ring = Ring(self.d_model, self.max_chunks, self.dtype, self.device)
+            self._rewrites += 1
             self._version += 1
 
     def merge(self, other: MemoryStore) -> list[int]:
@@ -258,7 +263,7 @@ class MemoryStore:
             if self._score_matrix is not None:
                 rows = (rows.float() @ self._score_matrix.to(rows.device)).to(rows.dtype)
             if self._approximate is not None:
-                scores, slots = self._approximate.search(self._ring, self._version, rows, top_k, allowed)
+                scores, slots = self._approximate.search(self._ring, self._rewrites, rows, top_k, allowed)
             else:
                 scores, slots = self._exact(rows, min(top_k, self._ring.size), allowed)
             return [

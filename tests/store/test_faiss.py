@@ -39,6 +39,25 @@ def test_changes_filters_and_thresholds(index: str) -> None:
     assert all(h.score >= 0.5 for h in store.search(rows[120], 50, threshold=0.5))
 
 
+@pytest.mark.parametrize("index", ["faiss-flat", "faiss-hnsw", "faiss-ivf"])
+def test_appended_rows_are_added_and_not_built_anew(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(8, index=index)
+    rows = torch.randn(160, 8)
+    store.add_batch([""] * 100, rows[:100])
+    store.search(rows[0], 1)
+    built: list[int] = []
+    build = type(store._approximate)._build
+    monkeypatch.setattr(
+        type(store._approximate), "_build", lambda self, ring: (built.append(ring.size), build(self, ring))[1]
+    )
+    store.add_batch([""] * 50, rows[100:150])
+    assert [hit.id for hit in store.search(rows[149], 1)] == [149]
+    assert built == []
+    store.delete(0)
+    assert 0 not in {hit.id for hit in store.search(rows[0], 20)}
+    assert built == [149]
+
+
 def test_export_and_import() -> None:
     store = MemoryStore(8)
     rows = torch.randn(20, 8)
