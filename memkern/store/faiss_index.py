@@ -1,8 +1,8 @@
 """FAISS behind a store: approximate search at a scale where the exact one is too slow, and exchange of indexes.
 
 The index is a cache of the store's rows, keyed by slot, brought up to date at the next search after a change: appended
-rows are added; anything else, or twice as many rows as it was made for, rebuilds it. Rows that must not be found (holes,
-a filter) are excluded by a selector.
+rows are added; anything else, or twice as many rows as it was made for, rebuilds it. Rows that must not be found
+(holes, a filter) are excluded by a selector.
 """
 
 from __future__ import annotations
