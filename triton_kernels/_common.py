@@ -4,7 +4,8 @@ A kernel here runs in three worlds: compiled on a GPU, compiled ahead of time wi
 ``meta`` device), and interpreted on the CPU (``TRITON_INTERPRET=1``). The functions below hide the difference:
 
 - in kernels :func:`mdot`, :func:`cast`, :func:`tanh`, :func:`is_nan` and :func:`arrive_last`;
-- in launchers :func:`on_device`, :func:`sm_count`, :func:`capability`, :func:`tickets` and :data:`LAUNCH`.
+- in launchers :func:`on_device`, :func:`adjacent`, :func:`sm_count`, :func:`capability`, :func:`tickets` and
+  :data:`LAUNCH`.
 
 The interpreter keeps bfloat16 as raw 16-bit integers, so arithmetic on it is silently wrong there: convert to float32
 right after a load, and back by :func:`cast` right before a store.
@@ -84,6 +85,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device(tensor.device)
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """``x`` with its last axis in consecutive elements; every other stride as it comes."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 @functools.cache

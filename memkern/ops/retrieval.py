@@ -9,7 +9,7 @@ Raw operators, each ``memkern::<name>_<backend>`` for cpp, triton and cuda, f = 
   bank are summed in the order of (t, c).
 - ``fuse_sources_fwd``/``_bwd`` take the present sources and the column of ``gate_logits`` of each.
 - ``span_loss_fwd`` -> (loss () f, stats (4, N) f: by document the log mass of all and of the positive positions, start
-  and then end, NaN for one that does not count); ``span_loss_bwd`` needs nothing else.
+  and then end, all +inf for one that does not count); ``span_loss_bwd`` needs nothing else.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ _SPAN_BWD = define(
 )
 
 for _op in ("retrieved_attention", "fuse_sources", "span_loss"):
-    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW)
+    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW)
 
 
 class _RetrievedAttention(torch.autograd.Function):

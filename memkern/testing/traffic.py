@@ -221,9 +221,12 @@ def _lanes(pointers: Any, mask: Any) -> Any:
 
 
 def _tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among a kernel's arguments, descriptors' among them."""
+    """The tensors among a kernel's arguments, those of descriptors and in tuples among them."""
     found = {}
     for name, value in arguments.items():
+        if isinstance(value, tuple):
+            found.update(_tensors({f"{name}[{i}]": item for i, item in enumerate(value)}))
+            continue
         base = getattr(value, "base", value) if not isinstance(value, Tensor) else value
         if isinstance(base, Tensor):
             found[name] = base
