@@ -2,8 +2,9 @@
 
 Raw operators, each ``memkern::<name>_<backend>`` for cpp, triton and cuda, f = float32 (float64 for float64):
 
-- ``update_experts_fwd`` -> (out, gates, updates), all (B, K, S, D) in the dtype of ``states``; gates and updates are
-  sigmoid and tanh of the pre-activations, kept for backward when ``save`` is set and empty otherwise.
+- ``update_experts_fwd`` -> (out (B, K, S, D) in the dtype of ``states``, gates, updates (B, S, K, D)); gates and updates
+  are sigmoid and tanh of the pre-activations, kept for backward when ``save`` is set and empty otherwise, in the dtype
+  of ``states`` when hiddens and weights share it, else f. What they hold in rows that ``row_mask`` excludes is no one's.
 - ``update_experts_bwd`` recomputes gates and updates when they come empty. d_probs and the biases' gradients are f; a
   gradient that is not needed is empty.
 - ``aggregate_experts_fwd``/``_bwd``; d_probs is f.
@@ -21,18 +22,16 @@ import torch
 from torch import Tensor
 
 from memkern import backends
-from memkern.ops import _checks
+from memkern.ops import _checks, _expert_update_cpu
 from memkern.ops._autograd import differentiable_backward, gradient_needed
-from memkern.ops._library import define, needs_reference
+from memkern.ops._expert_update_cpu import accumulator as _accumulator
+from memkern.ops._expert_update_cpu import saved_dtype
+from memkern.ops._library import LIBRARY, define, needs_reference
 from memkern.reference import expert_update as reference
 
 __all__ = ["aggregate_experts", "gather_slots", "scatter_slots", "update_experts"]
 
 SAVES = ("activations", "none")
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _update_fwd_fake(
@@ -46,8 +45,12 @@ def _update_fwd_fake(
     row_mask: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept = states.shape if save else (0,)
-    return states.new_empty(states.shape), states.new_empty(kept), states.new_empty(kept)
+    batch, experts, slots, width = states.shape
+    kept, low = (
+        (batch, slots, experts, width) if save else (0,),
+        saved_dtype(states, hiddens, gate_weight, update_weight),
+    )
+    return states.new_empty(states.shape), states.new_empty(kept, dtype=low), states.new_empty(kept, dtype=low)
 
 
 def _update_bwd_fake(
@@ -141,8 +144,11 @@ _SCATTER_BWD = define(
     column="expert_update",
 )
 
+LIBRARY.impl("update_experts_fwd_cpp", _expert_update_cpu.update_experts_fwd, "CPU")
+LIBRARY.impl("update_experts_bwd_cpp", _expert_update_cpu.update_experts_bwd, "CPU")
+
 for _op in ("update_experts", "aggregate_experts", "gather_slots", "scatter_slots"):
-    backends.declare(_op)
+    backends.declare(_op, cpp=backends.ALL)
 
 
 def _cast(grad: Tensor, like: Tensor | None) -> Tensor | None:

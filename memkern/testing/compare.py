@@ -35,8 +35,8 @@ def compare(name: str, actual: Tensor, truth: Tensor, baseline: Tensor, *, ulps:
         actual: result of the kernel under test; its dtype gives eps.
         truth: the float64 result.
         baseline: the same-dtype result of the reference.
-        ulps: the few units in the last place that any order of summation may cost. They count twice in float64, where
-            the truth was rounded just as the result was and the baseline is the truth itself.
+        ulps: the few units in the last place that any order of summation may cost. In float64 the truth was rounded
+            as the result was and stands in for the baseline: as many more for each of the three terms.
     """
     if actual.shape != truth.shape:
         return Comparison(name, float("inf"), 0.0, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
@@ -55,7 +55,7 @@ def compare(name: str, actual: Tensor, truth: Tensor, baseline: Tensor, *, ulps:
         return Comparison(name, 0.0, 0.0)
     a, t, b = a[finite], t[finite], b[finite]
     error = (a - t).abs().max().item()
-    few = 2 * ulps if actual.dtype == torch.float64 else ulps
+    few = 4 * ulps if actual.dtype == torch.float64 else ulps
     bound = 2 * (b - t).abs().max().item() + few * torch.finfo(actual.dtype).eps * t.abs().max().item()
     return Comparison(name, error, bound)
 

@@ -1,0 +1,62 @@
+"""Matrix products on the CPU: MKL or oneDNN, as ``configs/cpu_gemm.json`` says for this CPU model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TABLE: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "configs" / "cpu_gemm.json").read_text())[
+    "float32"
+]
+
+
+@functools.cache
+def cpu_model() -> tuple[str, int, int]:
+    """Vendor, family and model of the first processor; empty and zeros where /proc/cpuinfo does not say."""
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            found[name.strip()] = value.strip()
+    except OSError:
+        pass
+    family, model = (int(found[key]) if found.get(key, "").isdigit() else 0 for key in ("cpu family", "model"))
+    return found.get("vendor_id", ""), family, model
+
+
+def onednn_from_rows(cpu: tuple[str, int, int]) -> int | None:
+    """From how many rows on oneDNN multiplies float32 on this CPU model, None for never."""
+    for entry in _TABLE:
+        wanted = (entry["vendor"], entry["family"], entry["model"])
+        if all(want is None or want == have for want, have in zip(wanted, cpu, strict=True)):
+            return entry["onednn_from_rows"]  # type: ignore[no-any-return]
+    return None
+
+
+@functools.cache
+def _rows_here() -> int | None:
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return None
+    return onednn_from_rows(cpu_model())
+
+
+def by_onednn(x: Tensor, rows: int) -> bool:
+    """Whether oneDNN takes products of ``x`` (float32) with so many rows."""
+    least = _rows_here()
+    return least is not None and x.dtype == torch.float32 and rows >= least and torch.backends.mkldnn.enabled
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T by oneDNN.
+
+    Args:
+        x: (n, k) float32, stride 1 along k.
+        weight: (m, k) float32, contiguous or the transpose of a contiguous one: oneDNN is hundreds of times slower on
+            a slice of columns.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]

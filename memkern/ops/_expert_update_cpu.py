@@ -1,0 +1,207 @@
+"""``update_experts`` on the CPU: matrix products by MKL or oneDNN, everything between them fused in C++.
+
+Products of (B, K, S, D) states are made expert by expert, on rows gathered into one reused (R, D) workspace, R = B S;
+the concatenation [M;h] is never made. They run in bfloat16 when states, hiddens and weights all are bfloat16, else in
+float32 (float64 for float64).
+
+Forward, two ways to the same sums. BLAS takes any strides: the hiddens' half for all experts is one product per weight,
+the states' half is added in place, and with ``save`` both happen in the tensors that are kept for backward. oneDNN
+needs contiguous weights and makes its own outputs: both halves of an expert's two weights are copied to a workspace,
+and the kernel adds the two products. It is used where it is faster by more than the copy costs.
+
+Backward: the gradients of the pre-activations lie as (R, K, 2, D), so that an expert's gate and update are one product
+to d_states, and d_hiddens is one product over all experts: a sum in float32 that is rounded once, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memkern.ops._cpu_gemm import by_onednn, onednn_linear
+
+# Rows that go through forward at once: enough for full speed, few enough that what a product writes is in the cache
+# when it is read, and that a fresh buffer stays below 32 MiB, where the allocator would hand out untouched pages.
+BLOCK_ELEMENTS = 1 << 21
+
+
+def _row(x: Tensor) -> Tensor:
+    """``x`` with stride 1 along the last axis."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _product_dtype(states: Tensor, hiddens: Tensor, gate_weight: Tensor, update_weight: Tensor) -> torch.dtype:
+    if states.dtype == torch.float64:
+        return torch.float64
+    low = all(t.dtype == torch.bfloat16 for t in (states, hiddens, gate_weight, update_weight))
+    return torch.bfloat16 if low else torch.float32
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """What ``x`` is computed in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def saved_dtype(states: Tensor, *others: Tensor) -> torch.dtype:
+    """Of the gates and updates kept for backward: low precision only where every gradient made from them is low too."""
+    same = all(t.dtype == states.dtype for t in others)
+    return states.dtype if same else accumulator(states)
+
+
+def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype).contiguous()
+
+
+def _hiddens_rows(hiddens: Tensor, dtype: torch.dtype, row_mask: Tensor | None) -> Tensor:
+    """(R, D) in ``dtype``; with a mask, zero in the rows that it excludes, so that no NaN there meets a zero."""
+    x = hiddens.to(dtype)
+    if row_mask is not None:
+        x = torch.where(row_mask[:, None, None], x, 0.0)
+    return x.reshape(-1, hiddens.shape[2])
+
+
+def update_experts_fwd(
+    states: Tensor,
+    hiddens: Tensor,
+    probs: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    update_weight: Tensor,
+    update_bias: Tensor | None,
+    row_mask: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, experts, slots, width = states.shape
+    out = states.new_empty(states.shape)
+    kept = (batch, slots, experts, width) if save else (0,)
+    gates, updates = (
+        states.new_empty(kept, dtype=saved_dtype(states, hiddens, gate_weight, update_weight)) for _ in range(2)
+    )
+    if out.numel() == 0:
+        return out, gates, updates
+    dtype, f = _product_dtype(states, hiddens, gate_weight, update_weight), accumulator(states)
+    states, x = _row(states), hiddens.to(dtype).reshape(batch * slots, width)
+    p, mask = probs.to(f).contiguous(), None if row_mask is None else row_mask.contiguous()
+    biases = _bias(gate_bias, f), _bias(update_bias, f)
+    saved = (gates, updates) if save else (None, None)
+    onednn = by_onednn(x, batch * slots)
+    # A block holds whole batch items.
+    step = max(1, BLOCK_ELEMENTS // (slots * width * (2 if onednn else experts)))
+    weights = tuple(w.to(dtype).contiguous() for w in (gate_weight, update_weight))
+    rows = min(step, batch) * slots
+    gathered = x.new_empty((rows, width))
+    mix = torch.ops.memkern.expert_mix_forward
+
+    def states_of(first: int, last: int, expert: int) -> Tensor:
+        into = gathered[: (last - first) * slots]
+        into.view(last - first, slots, width).copy_(states[first:last, expert])
+        return into
+
+    if onednn:
+        own, others = (x.new_empty((2, width, width)) for _ in range(2))
+        for expert in range(experts):
+            for half, weight in enumerate(weights):
+                own[half].copy_(weight[expert, :, :width])
+                others[half].copy_(weight[expert, :, width:])
+            for first in range(0, batch, step):
+                last = min(batch, first + step)
+                h = onednn_linear(x[first * slots : last * slots], others.view(2 * width, width))
+                m = onednn_linear(states_of(first, last, expert), own.view(2 * width, width))
+                halves = (h[:, None, :width], h[:, None, width:], m[:, None, :width], m[:, None, width:])
+                mix(out, *halves, states, p, *biases, mask, *saved, first, expert)
+        return out, gates, updates
+    in_place = save and gates.dtype == dtype
+    made = [x.new_empty((rows, experts, width)) for _ in range(0 if in_place else 2)]
+    for first in range(0, batch, step):
+        last = min(batch, first + step)
+        begin, end = first * slots, last * slots
+        if in_place:
+            products = [t.view(-1, experts, width)[begin:end] for t in (gates, updates)]
+        else:
+            products = [t[: end - begin] for t in made]
+        for product, weight in zip(products, weights, strict=True):
+            from_hiddens = weight.view(experts * width, 2 * width)[:, width:]
+            torch.mm(x[begin:end], from_hiddens.t(), out=product.view(end - begin, experts * width))
+        for expert in range(experts):
+            m = states_of(first, last, expert)
+            for product, weight in zip(products, weights, strict=True):
+                torch.addmm(product[:, expert], m, weight[expert, :, :width].t(), out=product[:, expert])
+        mix(out, *products, None, None, states, p, *biases, mask, *saved, first, 0)
+    return out, gates, updates
+
+
+def update_experts_bwd(
+    grad: Tensor,
+    states: Tensor,
+    hiddens: Tensor,
+    probs: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    update_weight: Tensor,
+    update_bias: Tensor | None,
+    row_mask: Tensor | None,
+    gates: Tensor,
+    updates: Tensor,
+    need_states: bool,
+    need_hiddens: bool,
+    need_probs: bool,
+    need_params: bool,
+) -> tuple[Tensor, ...]:
+    batch, experts, slots, width = states.shape
+    dtype, f = _product_dtype(states, hiddens, gate_weight, update_weight), accumulator(states)
+    d_states = states.new_empty(states.shape if need_states else (0,))
+    d_probs = probs.new_empty(probs.shape if need_probs else (0,), dtype=f)
+    d_biases = [w.new_empty((experts, width) if need_params else (0,), dtype=f) for w in (gate_weight, update_weight)]
+    d_weights = [w.new_empty(w.shape if need_params else (0,)) for w in (gate_weight, update_weight)]
+    if states.numel() == 0:
+        for made in (d_probs, *d_biases, *d_weights):
+            made.zero_()
+        d_hiddens = hiddens.new_zeros(hiddens.shape if need_hiddens else (0,))
+        return d_states, d_hiddens, d_probs, d_weights[0], d_biases[0], d_weights[1], d_biases[1]
+    if gates.numel() == 0:
+        inputs = (states, hiddens, probs, gate_weight, gate_bias, update_weight, update_bias, row_mask)
+        _, gates, updates = update_experts_fwd(*inputs, True)
+    grad, states = _row(grad), _row(states)
+    p, mask = probs.to(f).contiguous(), None if row_mask is None else row_mask.contiguous()
+    rows = batch * slots
+    d_products = states.new_empty((rows, experts, 2, width), dtype=dtype)
+    torch.ops.memkern.expert_mix_backward(
+        d_products,
+        d_probs if need_probs else None,
+        *(d_biases if need_params else (None, None)),
+        grad, states, p, gates, updates, mask,
+    )  # fmt: skip
+    onednn = by_onednn(d_products, rows)
+
+    def through(d: Tensor, weight: Tensor) -> Tensor:
+        """(n, k) @ (k, m) with a contiguous ``weight``."""
+        return onednn_linear(d, weight.t()) if onednn else torch.mm(d, weight)
+
+    halves = torch.empty((2, width, width), dtype=dtype)
+    if need_states:
+        for expert in range(experts):
+            for half, weight in enumerate((gate_weight, update_weight)):
+                halves[half].copy_(weight[expert, :, :width])
+            d = through(d_products[:, expert].view(rows, 2 * width), halves.view(2 * width, width))
+            torch.ops.memkern.expert_mix_states(d_states, grad, p, gates, d, mask, expert)
+    d_hiddens = hiddens.new_empty((0,))
+    if need_hiddens:
+        stacked = torch.stack((gate_weight[:, :, width:], update_weight[:, :, width:]), 1).to(dtype)
+        d = through(d_products.view(rows, -1), stacked.view(-1, width))
+        d_hiddens = d.view(hiddens.shape).to(hiddens.dtype)
+    if need_params:
+        x = _hiddens_rows(hiddens, dtype, row_mask)
+        gathered = x.new_empty((rows, width))
+        exact = [d if d.dtype == dtype else d.new_empty(d.shape, dtype=dtype) for d in d_weights]
+        for expert in range(experts):
+            gathered.view(batch, slots, width).copy_(states[:, expert])
+            if mask is not None:
+                gathered.view(batch, slots, width).masked_fill_(~mask[:, None, None], 0.0)
+            for half, d_weight in enumerate(exact):
+                d = d_products[:, expert, half].t()
+                torch.mm(d, gathered, out=d_weight[expert, :, :width])
+                torch.mm(d, x, out=d_weight[expert, :, width:])
+        for d_weight, precise in zip(d_weights, exact, strict=True):
+            if d_weight is not precise:
+                d_weight.copy_(precise)
+    return d_states, d_hiddens, d_probs, d_weights[0], d_biases[0], d_weights[1], d_biases[1]
