@@ -48,7 +48,7 @@ def _rows_here() -> int | None:
 def by_onednn(x: Tensor, rows: int) -> bool:
     """Whether oneDNN takes products of ``x`` (float32) with so many rows."""
     least = _rows_here()
-    return least is not None and x.dtype == torch.float32 and rows >= least and torch.backends.mkldnn.enabled
+    return least is not None and x.dtype == torch.float32 and rows >= least and torch._C._get_mkldnn_enabled()
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:

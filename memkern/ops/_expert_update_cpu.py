@@ -4,10 +4,10 @@ Products of (B, K, S, D) states are made expert by expert, on rows gathered into
 the concatenation [M;h] is never made. They run in bfloat16 when states, hiddens and weights all are bfloat16, else in
 float32 (float64 for float64).
 
-Forward, two ways to the same sums. BLAS takes any strides: the hiddens' half for all experts is one product per weight,
-the states' half is added in place, and with ``save`` both happen in the tensors that are kept for backward. oneDNN
-needs contiguous weights and makes its own outputs: both halves of an expert's two weights are copied to a workspace,
-and the kernel adds the two products. It is used where it is faster by more than the copy costs.
+Forward makes a product for the hiddens and one for the states; the kernel adds them. ``torch.mm`` takes weights of any
+strides and writes where it is told: the hiddens' half for all experts is one product per weight, made in the tensors
+that are kept for backward if they have its dtype. oneDNN in float32 needs contiguous weights and makes its own outputs:
+both halves of an expert's two weights are copied to a workspace. It is used where it is faster by more than that costs.
 
 Backward: the gradients of the pre-activations lie as (R, K, 2, D), so that an expert's gate and update are one product
 to d_states, and d_hiddens is one product over all experts: a sum in float32 that is rounded once, in a fixed order.
@@ -86,7 +86,7 @@ def update_experts_fwd(
     saved = (gates, updates) if save else (None, None)
     onednn = by_onednn(x, batch * slots)
     # A block holds whole batch items.
-    step = max(1, BLOCK_ELEMENTS // (slots * width * (2 if onednn else experts)))
+    step = max(1, BLOCK_ELEMENTS // (slots * width))
     weights = tuple(w.to(dtype).contiguous() for w in (gate_weight, update_weight))
     rows = min(step, batch) * slots
     gathered = x.new_empty((rows, width))
@@ -112,21 +112,23 @@ def update_experts_fwd(
         return out, gates, updates
     in_place = save and gates.dtype == dtype
     made = [x.new_empty((rows, experts, width)) for _ in range(0 if in_place else 2)]
+    own = x.new_empty((2, rows, width))
     for first in range(0, batch, step):
         last = min(batch, first + step)
         begin, end = first * slots, last * slots
         if in_place:
-            products = [t.view(-1, experts, width)[begin:end] for t in (gates, updates)]
+            both = [t.view(-1, experts, width)[begin:end] for t in (gates, updates)]
         else:
-            products = [t[: end - begin] for t in made]
-        for product, weight in zip(products, weights, strict=True):
+            both = [t[: end - begin] for t in made]
+        for product, weight in zip(both, weights, strict=True):
             from_hiddens = weight.view(experts * width, 2 * width)[:, width:]
             torch.mm(x[begin:end], from_hiddens.t(), out=product.view(end - begin, experts * width))
         for expert in range(experts):
-            m = states_of(first, last, expert)
-            for product, weight in zip(products, weights, strict=True):
-                torch.addmm(product[:, expert], m, weight[expert, :, :width].t(), out=product[:, expert])
-        mix(out, *products, None, None, states, p, *biases, mask, *saved, first, 0)
+            gathered_rows = states_of(first, last, expert)
+            for product, weight in zip(own, weights, strict=True):
+                torch.mm(gathered_rows, weight[expert, :, :width].t(), out=product[: end - begin])
+            halves = (*(t[:, expert, None] for t in both), *own[:, : end - begin, None])
+            mix(out, *halves, states, p, *biases, mask, *saved, first, expert)
     return out, gates, updates
 
 

@@ -2,9 +2,9 @@
 
 Raw operators, each ``memkern::<name>_<backend>`` for cpp, triton and cuda, f = float32 (float64 for float64):
 
-- ``update_experts_fwd`` -> (out (B, K, S, D) in the dtype of ``states``, gates, updates (B, S, K, D)); gates and updates
-  are sigmoid and tanh of the pre-activations, kept for backward when ``save`` is set and empty otherwise, in the dtype
-  of ``states`` when hiddens and weights share it, else f. What they hold in rows that ``row_mask`` excludes is no one's.
+- ``update_experts_fwd`` -> (out (B, K, S, D) in the dtype of ``states``, gates, updates (B, S, K, D)); gates and
+  updates are sigmoid and tanh of the pre-activations, kept for backward when ``save`` is set and empty otherwise, in
+  the dtype of ``states`` when hiddens and weights share it, else f. What they hold in masked rows is no one's.
 - ``update_experts_bwd`` recomputes gates and updates when they come empty. d_probs and the biases' gradients are f; a
   gradient that is not needed is empty.
 - ``aggregate_experts_fwd``/``_bwd``; d_probs is f.
