@@ -36,7 +36,9 @@ def backbone(kind, config):
     if kind == "llama":
         sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes))
-    return AutoModelForCausalLM.from_config(GPT2Config(VOCABULARY, 64, WIDTH, 2, 4, bos_token_id=0, eos_token_id=0))
+    return AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64, eos_token_id=0)
+    )
 
 
 def built(kind="own", **changes):
