@@ -314,7 +314,7 @@ class RAGTrainer:
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator[Any]:
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
         with tqdm(
             total=self.config.max_steps, initial=self.state.global_step, disable=not self.config.progress_bar
