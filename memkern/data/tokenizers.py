@@ -44,7 +44,7 @@ def train_xlnet_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> Any:
         vocab_size: pieces, special tokens included; fewer come out of little text.
 
     Returns:
-        The tokenizer; ``save_pretrained`` and ``AutoTokenizer`` work on it.
+        The tokenizer, the same for the same texts; ``save_pretrained`` and ``AutoTokenizer`` work on it.
 
     Raises:
         ImportError: transformers is not installed (extra ``memkern[models]``). ValueError: no text.
@@ -62,6 +62,11 @@ def train_xlnet_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> Any:
         vocab_size=vocab_size, special_tokens=list(XLNET_SPECIALS), unk_token="<unk>", show_progress=False
     )
     fresh._tokenizer.train_from_iterator(found, trainer=trainer)
-    pieces = json.loads(fresh._tokenizer.to_str())["model"]["vocab"]
-    trained: Any = XLNetTokenizer(vocab=[(piece, score) for piece, score in pieces], unk_id=0)
+    scores = dict(json.loads(fresh._tokenizer.to_str())["model"]["vocab"])
+    # The trainer's own order changes from run to run: the last digits of the scores with it, and the steps by which it
+    # sets rare characters, the tail of the list, below one another.
+    lowest = min(scores.values()) + 0.1
+    learned = [(piece, round(max(score, lowest), 3)) for piece, score in scores.items() if piece not in XLNET_SPECIALS]
+    learned.sort(key=lambda pair: (-pair[1], pair[0]))
+    trained: Any = XLNetTokenizer(vocab=[*((name, 0.0) for name in XLNET_SPECIALS), *learned], unk_id=0)
     return trained

@@ -138,6 +138,10 @@ class TrainingConfig(ConfigFile):
             for name, value in stage.items():
                 _choice(f"progressive_stages[{number}]", name, STAGE_FIELDS)
                 _integer(f"progressive_stages[{number}].{name}", value, 1)
+            if self.memory_tokens_in_text and "memory_num_tokens" in stage:
+                raise ValueError(
+                    f"progressive_stages[{number}].memory_num_tokens: cannot change with memory_tokens_in_text"
+                )
 
     @property
     def stages(self) -> list[dict[str, Any]]:

@@ -123,6 +123,15 @@ def test_memory_tokens_keep_the_other_special_tokens(tokenizer: Any, tmp_path: P
         configure_memory_tokens(own, -1)
 
 
+def test_trained_tokenizers_are_the_same_for_the_same_texts(squad: dict[str, Any], tokenizer: Any) -> None:
+    texts = [example.context for example in load_squad(squad)]
+    first, second = (train_xlnet_tokenizer(texts, vocab_size=250) for _ in range(2))
+    assert first._tokenizer.to_str() == second._tokenizer.to_str()
+    assert (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id) == (5, 3, 0)
+    with pytest.raises(ValueError, match="texts: expected at least one"):
+        train_xlnet_tokenizer([" "])
+
+
 @pytest.mark.parametrize("broken", [{"answer_start": 3}, {"answer_start": -1}, {"text": ""}, {"text": "Atlantis"}])
 def test_broken_answers_are_refused_or_skipped(squad: dict[str, Any], tokenizer: Any, broken: dict[str, Any]) -> None:
     squad["data"][0]["paragraphs"][0]["qas"][3]["answers"][0].update(broken)

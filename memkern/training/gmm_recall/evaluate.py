@@ -1,0 +1,91 @@
+"""Answers of a model over documents of segments, with memory carried, reset or swapped; accuracy by distance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memkern.data.generators import SegmentedQuestions
+from memkern.training.gmm_recall.arms import State
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers out of ``trials`` at one distance."""
+
+    distance: int
+    right: int
+    trials: int
+
+
+def last_logits(model: Any, questions: SegmentedQuestions, state: State = "carried") -> tuple[Any, Tensor, Tensor]:
+    """Run every segment and answer in the last.
+
+    Args:
+        model: one of ours.
+        questions: B documents of T segments that end together.
+        state: "carried" from segment to segment; "mems", XLNet's own instead of a memory; "reset" before every
+            segment; "swapped": before every segment each document takes over its neighbour's.
+
+    Returns:
+        The model's output of all segments ("carried") or of the last, and (B, L) start and end logits of the last.
+    """
+    if state == "carried":
+        output = model(
+            questions.input_ids,
+            attention_mask=questions.attention_mask.float(),
+            document_mask=questions.segment_mask,
+            cls_index=_cls(questions).expand(-1, questions.segments),
+        )
+        return output, output.start_logits[:, -1], output.end_logits[:, -1]
+    carried: Any = None
+    output = None
+    for step in range(questions.segments):
+        mask = questions.segment_mask[:, step]
+        inputs = {"attention_mask": questions.attention_mask[:, step].float(), "cls_index": _cls(questions)[:, 0]}
+        if state == "mems":
+            output = model(questions.input_ids[:, step], **inputs, mems=carried, use_mems=True)
+            carried = output.mems
+            continue
+        output = model(questions.input_ids[:, step], **inputs, memory_state=carried, document_mask=mask)
+        carried = output.new_memory_state if state != "reset" else None
+        if state == "swapped":
+            carried = model.select_rows(carried, torch.arange(questions.documents).roll(1))
+    assert output is not None
+    return output, output.start_logits, output.end_logits
+
+
+def right_answers(questions: SegmentedQuestions, start: Tensor, end: Tensor) -> Tensor:
+    """(B,) bool: the best candidate is the right one."""
+    scores = (start + end).gather(1, questions.candidates)
+    best = questions.candidates.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+    return best == questions.answer_position
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, questions: SegmentedQuestions, state: State = "carried", batch_size: int = 250
+) -> list[Accuracy]:
+    """Accuracy at every distance that occurs."""
+    was_training = model.training
+    model.eval()
+    right = torch.cat(
+        [
+            right_answers(part, *last_logits(model, part, state)[1:])
+            for rows in torch.arange(questions.documents).split(batch_size)
+            for part in [questions.select(rows)]
+        ]
+    )
+    model.train(was_training)
+    return [
+        Accuracy(int(d), int(right[questions.distance == d].sum()), int((questions.distance == d).sum()))
+        for d in questions.distance.unique()
+    ]
+
+
+def _cls(questions: SegmentedQuestions) -> Tensor:
+    """(B, 1): the CLS token stands last in every segment."""
+    return torch.full((questions.documents, 1), questions.input_ids.shape[2] - 1)
