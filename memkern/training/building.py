@@ -68,7 +68,7 @@ def build_tokenizer(config: TrainingConfig, examples: Sequence[SquadExample]) ->
 
         try:
             return AutoTokenizer.from_pretrained(source)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"tokenizer_name: nothing to load from {source!r} ({_first_line(error)}); give a folder, or "
                 "base_config for a random start with a tokenizer trained on the data"

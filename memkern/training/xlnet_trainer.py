@@ -85,15 +85,19 @@ class XLNetRecurrentTrainer:
     def _accelerator(self) -> Any:
         try:
             from accelerate import Accelerator
+            from accelerate.state import AcceleratorState
             from accelerate.utils import DistributedDataParallelKwargs
         except ImportError as error:
             raise ImportError("training needs accelerate: install the extra memkern[models]") from error
         cpu = torch.device(self.config.device).type == "cpu"
         if cpu and self.config.fp16:
             raise ValueError("fp16: expected a GPU, got device 'cpu'; bf16 works there")
+        precision = "fp16" if self.config.fp16 else "bf16" if self.config.bf16 else "no"
+        if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+            AcceleratorState._reset_state()  # an earlier trainer of this process had another precision
         return Accelerator(
             cpu=cpu,
-            mixed_precision="fp16" if self.config.fp16 else "bf16" if self.config.bf16 else "no",
+            mixed_precision=precision,
             # Which parameters a batch reaches depends on its documents: without a second segment no write is read.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
