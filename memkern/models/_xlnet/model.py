@@ -28,6 +28,9 @@ except ImportError:  # 5.0
     init = nn.init
 
 
+_ACTIVATIONS = "expert_activations"
+
+
 @dataclass
 class SegmentResult:
     """One segment through the encoder, the memory and the head."""
@@ -80,6 +83,10 @@ class MemoryXLNet(XLNetPreTrainedModel):
             self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         else:
             self.qa_outputs = base.qa_outputs
+        adopted = [self.transformer] if isinstance(base, XLNetModel) else [self.transformer, self.qa_outputs]
+        for part in adopted:
+            for module in part.modules():
+                module._is_hf_initialized = True  # else post_init would draw the base model's weights anew
 
     def _finish(self, base_model: Any) -> None:
         """Initialise what is new, and put it where the base model is."""
@@ -442,25 +449,28 @@ class MemoryXLNet(XLNetPreTrainedModel):
         last = results[-1]
         start = torch.stack([r.start_logits for r in results], 1) if whole else last.start_logits
         end = torch.stack([r.end_logits for r in results], 1) if whole else last.end_logits
-        output = MemoryQAOutput(
-            start_logits=start,
-            end_logits=end,
-            new_memory_state=last.state,
-            memory_info=last.memory_info,
-            routing_info=last.routing_info,
-            **last.encoder,
-        )
+        balance, entropy, loss = None, None, None
         if last.load_balance is not None:
             masks = [None] if document_mask is None else document_mask.unbind(1) if whole else [document_mask]
-            output.load_balance_loss = _mean_loss(results, masks)
-            output.entropy_loss = _mean_entropy(results, masks)
+            balance, entropy = _mean_loss(results, masks), _mean_entropy(results, masks)
         if start_positions is not None and end_positions is not None:
             loss = (
                 span_cross_entropy(start, start_positions, document_mask)
                 + span_cross_entropy(end, end_positions, document_mask)
             ) / 2
-            output.loss = self._tie_unused(loss + self.auxiliary_loss(output))
-        return output
+            loss = loss + self.auxiliary_loss(MemoryQAOutput(load_balance_loss=balance, entropy_loss=entropy))
+            loss = self._tie_unused(loss)
+        return MemoryQAOutput(
+            loss=loss,
+            start_logits=start,
+            end_logits=end,
+            new_memory_state=last.state,
+            memory_info=last.memory_info,
+            routing_info=_routing_info(results) if whole else last.routing_info,
+            load_balance_loss=balance,
+            entropy_loss=entropy,
+            **last.encoder,
+        )
 
     def auxiliary_loss(self, output: MemoryQAOutput) -> Tensor | float:
         """The weighted sum of the auxiliary losses of ``output``; the number 0 without any."""
@@ -510,6 +520,15 @@ def _mean_entropy(results: list[SegmentResult], masks: Sequence[Tensor | None]) 
         return -entropy.mean()
     counted = torch.stack([mask for mask in masks if mask is not None])
     return -torch.where(counted, entropy, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def _routing_info(results: list[SegmentResult]) -> dict[str, Tensor] | None:
+    """The segments' routing, stacked behind the batch; the activations of the experts summed."""
+    parts = [r.routing_info for r in results if r.routing_info is not None]
+    if not parts:
+        return None
+    stacked = {name: torch.stack([part[name] for part in parts], 1) for name in parts[0] if name != _ACTIVATIONS}
+    return stacked | {_ACTIVATIONS: torch.stack([part[_ACTIVATIONS] for part in parts]).sum(0)}
 
 
 def _batch_of(state: Any) -> int:
