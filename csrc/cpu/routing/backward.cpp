@@ -124,7 +124,17 @@ void hiddens_gradient(const RouteBackward& p, int64_t row, const A* d_pool, T* r
   }
 }
 
-// Attention: dx_s = w_s dp + c_s q / sqrt(D) with c_s = w_s (x_s . dp - pooled . dp); d_query gathers c_s x_s / sqrt(D).
+// (x - y) . z, which keeps the digits that x . z - y . z would lose.
+template <class T, class A>
+MK_INLINE A dot_of_difference(const T* x, const A* y, const A* z, int64_t width) {
+  Vec<A> sum(A(0));
+  for_each_vec<A>(width, [&](int64_t d, auto count) {
+    sum = fma(load_part(x + d, count) - load_part(y + d, count), load_part(z + d, count), sum);
+  });
+  return reduce_sum(sum);
+}
+
+// Attention: dx_s = w_s dp + c_s q / sqrt(D) with c_s = w_s (x_s - pooled) . dp; d_query gathers c_s x_s / sqrt(D).
 template <class T, class A>
 void attention_gradient(const RouteBackward& p, int64_t row, const A* d_pool, A* d_query) {
   const RouteInput& in = p.in;
@@ -135,14 +145,14 @@ void attention_gradient(const RouteBackward& p, int64_t row, const A* d_pool, A*
   const uint8_t* mask = in.slot_mask == nullptr ? nullptr : in.slot_mask + row * in.slots;
   const T* first = static_cast<const T*>(in.hiddens) + row * in.row_stride;
   T* out = p.d_hiddens == nullptr ? nullptr : static_cast<T*>(p.d_hiddens) + row * in.slots * width;
-  const A root = A(1) / std::sqrt(A(width)), mean = dot(pooled, d_pool, width);
+  const A root = A(1) / std::sqrt(A(width));
   for (int64_t s = 0; s < in.slots; ++s) {
     if (mask != nullptr && !mask[s]) {
       if (out != nullptr) std::memset(static_cast<void*>(out + s * width), 0, size_t(width) * sizeof(T));
       continue;
     }
     const T* x = first + s * in.slot_stride;
-    const Vec<A> share(weights[s] * (dot(x, d_pool, width) - mean) * root), weight(weights[s]);
+    const Vec<A> share(weights[s] * dot_of_difference(x, pooled, d_pool, width) * root), weight(weights[s]);
     for_each_vec<A>(width, [&](int64_t d, auto count) {
       if (out != nullptr) {
         store_part(out + s * width + d, fma(share, load_part(query + d, count), weight * load_part(d_pool + d, count)),
