@@ -1,0 +1,94 @@
+"""Block sizes of the routing kernels, by shape alone: data, not search, so that no call pays for tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+
+from .._common import sm_count
+
+POOL_TILE = 4096
+"""Elements of a (slots, columns) tile: 32 a thread, four 16-byte loads in flight."""
+PROJECT_TILE = 4096
+"""Elements of an (experts, columns) tile of the weight that waits in registers."""
+WHOLE_SLOT = 8192
+"""Widest slot that attention keeps in registers and so reads once."""
+
+
+def power(n: int) -> int:
+    return int(triton.next_power_of_2(max(1, n)))
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Of a kernel over (row blocks, splits of D). ``dot``: many rows a program, projected by matrix products."""
+
+    dot: bool
+    block_b: int
+    block_s: int
+    block_d: int
+    block_k: int
+    blocks: int
+    splits: int
+    split_width: int
+    whole: bool
+    block_a: int
+    block_w: int
+    num_warps: int
+
+
+def row_config(hiddens: Tensor, experts: int, pooling: int, *, low: bool) -> RowConfig:
+    """For a (B, S, D) input. Few rows are split along D until they fill the multiprocessors."""
+    rows, slots, width = hiddens.shape
+    block_k, attention = power(experts), pooling == 2
+    # A weight read for every row costs more than the row itself once it has few slots or there are many experts.
+    dot = not attention and (experts > 16 or (slots <= 4 and rows >= 128))
+    block_w = min(power(width), WHOLE_SLOT)
+    block_a = max(1, min(power(slots), POOL_TILE // block_w))
+    if dot:
+        block_k = max(16, block_k)
+        block_b = 64 if rows >= 4096 and block_k <= 64 else 32 if rows >= 1024 else 16
+        block_d, block_s, warps = (64 if low else 32), 1, 8 if block_k >= 128 else 4
+    else:
+        block_b = 1
+        block_d = max(16, min(power(width), 256, PROJECT_TILE // block_k))
+        if rows * triton.cdiv(max(width, 1), block_d) < sm_count(hiddens.device):
+            block_d = max(16, min(block_d, 128))
+        block_s = max(1, min(power(slots), POOL_TILE // block_d))
+        warps = 8 if attention and block_w > 2048 else 4
+    blocks = triton.cdiv(rows, block_b)
+    chunks = triton.cdiv(max(width, 1), block_d)
+    splits = 1 if attention else max(1, min(chunks, 2 * sm_count(hiddens.device) // max(1, blocks)))
+    split_width = triton.cdiv(chunks, splits) * block_d
+    splits = triton.cdiv(max(width, 1), split_width)
+    return RowConfig(
+        dot, block_b, block_s, block_d, block_k, blocks, splits, split_width,
+        width <= WHOLE_SLOT, block_a, block_w, warps,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """Of the weight's gradient: tiles of (experts, columns), the rows split until the tiles fill the machine."""
+
+    block_k: int
+    block_d: int
+    block_r: int
+    splits: int
+    split_rows: int
+    num_warps: int
+
+    def tiles(self, experts: int, width: int) -> tuple[int, int]:
+        return triton.cdiv(width, self.block_d), triton.cdiv(experts, self.block_k)
+
+
+def weight_config(hiddens: Tensor, experts: int) -> WeightConfig:
+    rows, _, width = hiddens.shape
+    block_k = min(64, max(16, power(experts)))
+    block_d, block_r = 64, 32
+    tiles = max(1, triton.cdiv(width, block_d) * triton.cdiv(experts, block_k))
+    splits = max(1, min(triton.cdiv(rows, 4 * block_r), 2 * sm_count(hiddens.device) // tiles))
+    split_rows = triton.cdiv(triton.cdiv(rows, splits), block_r) * block_r
+    return WeightConfig(block_k, block_d, block_r, triton.cdiv(rows, split_rows), split_rows, 4)
