@@ -36,9 +36,8 @@ def _raw_gradient(
     share = tl.sum(dz, 1)
     # A zero row's probabilities are constants. Where no gradient comes, none goes: a masked row may hold NaN.
     alive = valid & (tl.load(zero_rows + rows, mask=valid, other=1) == 0)
-    if grad_probs is None and grad_entropy is None:
-        if row_mask is not None:
-            alive = alive & (tl.load(row_mask + rows, mask=valid, other=0) != 0)
+    if grad_probs is None and grad_entropy is None and row_mask is not None:
+        alive = alive & (tl.load(row_mask + rows, mask=valid, other=0) != 0)
     if grad_probs is not None or grad_entropy is not None or grad_loss is not None:
         t = temperature_value
         if temperature is not None:
@@ -132,10 +131,9 @@ def _attention_rows(
     if WHOLE:
         if query_parts is not None:
             tl.store(query_parts + row * D + d, d_query, mask=columns)
-    elif query_parts is not None:
-        if S == 0:
-            for first in range(0, D, BLOCK_W):
-                tl.store(query_parts + row * D + first + d, tl.zeros((BLOCK_W,), tl.float32), mask=first + d < D)
+    elif query_parts is not None and S == 0:
+        for first in range(0, D, BLOCK_W):
+            tl.store(query_parts + row * D + first + d, tl.zeros((BLOCK_W,), tl.float32), mask=first + d < D)
 
 
 @triton.jit
@@ -166,7 +164,7 @@ def _backward_rows(
             count = tl.zeros((BLOCK_B,), tl.int32) + S
             if slot_mask is not None:
                 count = tl.zeros((BLOCK_B,), tl.int32)
-                for s in range(0, S):
+                for s in range(S):
                     count += (tl.load(slot_mask + rows * S + s, mask=valid, other=0) != 0).to(tl.int32)
             scale = 1.0 / tl.maximum(count, 1).to(tl.float32)
         for start in range(first, last, BLOCK_D):
@@ -182,7 +180,7 @@ def _backward_rows(
                 else:
                     winner = tl.load(saved_pool + rows[:, None] * D + d[None, :], mask=lanes, other=-1)
                 out = d_hiddens + rows[:, None] * S * D + d[None, :]
-                for s in range(0, S):
+                for s in range(S):
                     if POOLING == 1:
                         dx = tl.where(winner == s, dp, 0.0)
                     elif slot_mask is not None:
@@ -267,9 +265,8 @@ def _backward_weight(
         else:
             x = tl.load(saved_pool + rows[:, None] * D + d[None, :], mask=lanes, other=0.0)
         total = mdot(g, x, total, "ieee")
-        if query_parts is not None:
-            if tile == 0:
-                query_total += tl.load(query_parts + rows[:, None] * D + d[None, :], mask=lanes, other=0.0)
+        if query_parts is not None and tile == 0:
+            query_total += tl.load(query_parts + rows[:, None] * D + d[None, :], mask=lanes, other=0.0)
     lanes = (k < K)[:, None] & inside[None, :]
     at = k[:, None].to(tl.int64) * D + d[None, :]
     q = tl.sum(query_total, 0)
@@ -286,7 +283,7 @@ def _backward_weight(
         if arrive_last(ticket + tile * tl.num_programs(0) + column, SPLITS):
             total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
             q = tl.zeros((BLOCK_D,), tl.float32)
-            for part in range(0, SPLITS):
+            for part in range(SPLITS):
                 total += tl.load(partial + part * size + at, mask=lanes, other=0.0, cache_modifier=".cg")
                 if query_parts is not None:
                     q += tl.load(query_partial + part * D + d, mask=own, other=0.0, cache_modifier=".cg")

@@ -1,7 +1,7 @@
 """Forward of route_experts in one launch: pool, project, softmax, entropy, and the loss over all rows.
 
-Programs are (row blocks, splits of D). Each pools its columns and multiplies them with the weight's; the last split of a
-row block adds the partial logits in order and finishes the rows, and the last row block finishes the loss.
+Programs are (row blocks, splits of D). Each pools its columns and multiplies them with the weight's; the last split of
+a row block adds the partial logits in order and finishes the rows, and the last row block finishes the loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from torch import Tensor
 from .._common import LAUNCH, arrive_last, cast, mdot, on_device
 from ._configs import row_config
 from ._pool import pool_attention, pool_row, pool_rows
-from ._shared import GROUP, ZERO_ROW, clamp, finish_loss, group_count, group_tickets, load_terms, row_entropy, row_softmax
+from ._shared import (
+    GROUP,
+    ZERO_ROW,
+    clamp,
+    finish_loss,
+    group_count,
+    group_tickets,
+    load_terms,
+    row_entropy,
+    row_softmax,
+)
 
 
 @triton.jit
@@ -87,7 +97,9 @@ def _forward(
             )
             at = rows[:, None] * D + d[None, :]
             # (D, K): the weight is read along its rows all the same.
-            w = tl.load(weight + k[None, :].to(tl.int64) * D + d[:, None], mask=(k < K)[None, :] & inside[:, None], other=0.0)
+            w = tl.load(
+                weight + k[None, :].to(tl.int64) * D + d[:, None], mask=(k < K)[None, :] & inside[:, None], other=0.0
+            )
             if LOW:
                 # One unmasked slot is its own pool: as exact in its own dtype as in float32.
                 products = mdot(cast(x, weight.dtype.element_ty), w, products, "ieee")
@@ -130,7 +142,7 @@ def _forward(
         if arrive_last(ticket + 1 + tl.cdiv(blocks, GROUP) + block, SPLITS):
             z = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
             large = tl.zeros((BLOCK_B,), tl.int32)
-            for part in range(0, SPLITS):
+            for part in range(SPLITS):
                 at = partial + (part * B + rows)[:, None] * K + k[None, :]
                 z += tl.load(at, mask=lanes, other=0.0, cache_modifier=".cg")
                 own = tl.load(large_parts + part * B + rows, mask=rows < B, other=0, cache_modifier=".cg")

@@ -66,7 +66,7 @@ def pool_rows(
     best = tl.full((BLOCK_B, BLOCK_D), NO_SLOT, tl.int32)
     where = tl.full((BLOCK_B, BLOCK_D), -1, tl.int32)
     base = hiddens + rows[:, None] * stride_b + d[None, :] * stride_d
-    for s in range(0, S):
+    for s in range(S):
         taken = rows < B
         if slot_mask is not None:
             taken = taken & (tl.load(slot_mask + rows * S + s, mask=taken, other=0) != 0)

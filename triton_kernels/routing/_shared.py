@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import arrive_last, cast, tickets
+from .._common import arrive_last, tickets
 
 GROUP = 64
 ENTROPY_EPS = tl.constexpr(1e-10)
@@ -144,9 +144,7 @@ def write_sums(terms, first, count, K, stride, bias, temperature, BLOCK_K: tl.co
 
 
 @triton.jit
-def finish_sums(
-    terms, groups, ticket, block, blocks, K, bias, temperature, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def finish_sums(terms, groups, ticket, block, blocks, K, bias, temperature, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
     """K sums and one more over the rows of ``terms`` (blocks, K + 1), written by the last program of all."""
     stride = K + 1
     group = block // GROUP
