@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperGroup
@@ -19,24 +19,35 @@ from typer.core import TyperGroup
 _ORDER = ("info", "validate", "bench", "demo", "search", "train", "evaluate", "predict", "generate", "recall")
 
 
-class _Commands(TyperGroup):
-    """Finds the commands by their files and imports one when it is asked for."""
+class CommandFolder(TyperGroup):
+    """Finds the commands by their files and imports one when it is asked for.
+
+    A subclass names the package; a module in it may define ``group``, a folder of its own, in place of ``command``.
+    """
+
+    package: ClassVar[str] = __name__
 
     def list_commands(self, ctx: Any) -> list[str]:
-        found = {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}
+        paths = importlib.import_module(self.package).__path__
+        modules = (module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_"))
+        found = {name.replace("_", "-") for name in modules}
         return [name for name in _ORDER if name in found] + sorted(found.difference(_ORDER))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"memkern.cli.{cmd_name}")
+        module = importlib.import_module(f"{self.package}.{cmd_name.replace('-', '_')}")
+        if hasattr(module, "group"):
+            folder = typer.main.get_command(module.group)
+            folder.name = cmd_name
+            return folder
         alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
         alone.command(cmd_name)(module.command)
         return typer.main.get_command(alone)
 
 
 main = typer.Typer(
-    cls=_Commands,
+    cls=CommandFolder,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

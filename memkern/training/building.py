@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,17 @@ def build_model(config: TrainingConfig, tokenizer: Any) -> Any:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def load_model(folder: Path) -> Any:
+    """A saved model of the class that its files name, ours or of the earlier layouts; plain XLNet has no memory."""
+    from memkern.models.gmm_xlnet import GMMXLNetForQA
+    from memkern.models.memxlnet import MemXLNetForQA
+
+    path = folder / "config.json"
+    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    gmm = kind == "gmm_xlnet" or (folder / "gmm_config.json").is_file()
+    return (GMMXLNetForQA if gmm else MemXLNetForQA).from_pretrained(folder)
 
 
 def memory_tokens(model: Any) -> dict[str, list[int]] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 from memkern.data import TimeStepMajorDataLoader, group_documents, load_squad, squad_features
 from memkern.data.features import SquadFeature
 from memkern.data.squad import SquadSource
+from memkern.training.building import load_model, memory_tokens
 from memkern.training.losses import MODEL_INPUTS, stack_steps
 
 
@@ -28,6 +32,18 @@ class Span:
     null_score: float
     margin: float
     """What has to exceed the threshold for there to be an answer."""
+
+
+# This module's settings -> the fields of a training configuration.
+_SETTINGS = {
+    "max_length": "max_seq_length",
+    "doc_stride": "doc_stride",
+    "batch_size": "eval_batch_size",
+    "max_answer_length": "max_answer_length",
+    "no_answer_threshold": "no_answer_threshold",
+    "use_any_positive_logic": "use_any_positive_logic",
+    "max_segments": "max_n_segs",
+}
 
 
 class Predictions(dict[str, str]):
@@ -86,6 +102,34 @@ class QAPredictor:
         self.memory_tokens = memory_tokens
         self.autocast = autocast
         self.na_probs: dict[str, float] = {}
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, **options: Any) -> QAPredictor:
+        """A predictor with a saved model, its tokenizer, and the settings that it was trained with.
+
+        Args:
+            folder: what a trainer or ``save_pretrained`` wrote.
+            options: this class's arguments, over the folder's ``training_config.json``; ``device`` too.
+
+        Raises:
+            ValueError: an unknown option. OSError: no model there.
+        """
+        from transformers import AutoTokenizer
+
+        folder = Path(folder)
+        settings: dict[str, Any] = {}
+        if (folder / "training_config.json").is_file():
+            saved = json.loads((folder / "training_config.json").read_text())
+            settings = {ours: saved[theirs] for ours, theirs in _SETTINGS.items() if theirs in saved}
+        device = options.pop("device", None)
+        known = inspect.signature(cls).parameters.keys() - {"model", "tokenizer"}
+        unknown = options.keys() - known
+        if unknown:
+            raise ValueError(f"options: unknown {', '.join(sorted(unknown))}; the known ones are {', '.join(known)}")
+        model = load_model(folder)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        settings["memory_tokens"] = memory_tokens(model)
+        return cls(model, AutoTokenizer.from_pretrained(folder), **(settings | options))
 
     def predict(self, dataset: SquadSource) -> Predictions:
         """Answer every question of a data set (see :func:`memkern.data.load_squad`); its answers are not looked at."""

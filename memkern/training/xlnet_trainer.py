@@ -265,10 +265,11 @@ class XLNetRecurrentTrainer:
         return squad_evaluate(examples, texts, ordered)
 
     def save_model(self, folder: str | Path) -> None:
-        """Write model and tokenizer, on the main process."""
+        """Write model, tokenizer and settings, on the main process."""
         if self.accelerator.is_main_process:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+            self.config.to_json(Path(folder) / "training_config.json")
         self.accelerator.wait_for_everyone()
 
 

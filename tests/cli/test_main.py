@@ -8,7 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from memkern.cli import _Commands, main
+from memkern.cli import CommandFolder, main
 
 runner = CliRunner()
 
@@ -21,7 +21,7 @@ def test_help_lists_every_command() -> None:
 
 
 def test_commands_have_help_of_their_own() -> None:
-    for name in _Commands().list_commands(None):
+    for name in CommandFolder().list_commands(None):
         result = runner.invoke(main, [name, "--help"])
         assert result.exit_code == 0, result.output
         assert "--help" in result.output

@@ -89,3 +89,31 @@ def evaluate(
 def _cls(questions: SegmentedQuestions) -> Tensor:
     """(B, 1): the CLS token stands last in every segment."""
     return torch.full((questions.documents, 1), questions.input_ids.shape[2] - 1)
+
+
+@torch.no_grad()
+def routing_use(model: Any, questions: SegmentedQuestions, documents: int = 500) -> tuple[float, float]:
+    """How a GMM model routes: entropy of the experts' mean probability, and the rows' mean entropy (natural log)."""
+    was_training = model.training
+    model.eval()
+    rows = torch.arange(questions.documents)[:: max(1, questions.documents // documents)]
+    part = questions.select(rows)
+    state, seen = None, []
+    for step in range(part.segments):
+        mask = part.segment_mask[:, step]
+        output = model(
+            part.input_ids[:, step],
+            attention_mask=part.attention_mask[:, step].float(),
+            document_mask=mask,
+            memory_state=state,
+            return_routing_info=True,
+        )
+        state = output.new_memory_state
+        seen.append(output.routing_info["routing_probs"][mask].double())
+    model.train(was_training)
+    probs = torch.cat(seen)
+    mean = probs.mean(0)
+    return (
+        float(-torch.special.xlogy(mean, mean).sum()),
+        float(-torch.special.xlogy(probs, probs).sum(1).mean()),
+    )
