@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memkern.nn import _checks
+from memkern.nn._init import XavierLinear
 from memkern.nn.state import copy_state
 from memkern.ops.memory import MemoryInterface, MemoryState, initial_memory_state, memory_step
 
@@ -63,28 +63,18 @@ class MemoryController(nn.Module):
         self.sharpness = float(sharpness)
         self.backend = backend
         width, heads = num_heads * memory_dim, num_heads
-        self.read_keys = nn.Linear(input_dim, width)
-        self.read_strengths = nn.Linear(input_dim, heads)
-        self.write_keys = nn.Linear(input_dim, width)
-        self.write_strengths = nn.Linear(input_dim, heads)
-        self.write_vectors = nn.Linear(input_dim, width)
-        self.erase_vectors = nn.Linear(input_dim, width)
-        self.write_gate = nn.Linear(input_dim, heads)
-        self.allocation_gate = nn.Linear(input_dim, heads)
-        self.free_gates = nn.Linear(input_dim, heads) if use_usage_tracking else None
-        self.read_modes = nn.Linear(input_dim, heads * (1 + 2 * heads)) if use_temporal_links else None
-        self.output_proj = nn.Linear(width, input_dim) if use_output else None
+        self.read_keys = XavierLinear(input_dim, width)
+        self.read_strengths = XavierLinear(input_dim, heads)
+        self.write_keys = XavierLinear(input_dim, width)
+        self.write_strengths = XavierLinear(input_dim, heads)
+        self.write_vectors = XavierLinear(input_dim, width)
+        self.erase_vectors = XavierLinear(input_dim, width)
+        self.write_gate = XavierLinear(input_dim, heads)
+        self.allocation_gate = XavierLinear(input_dim, heads)
+        self.free_gates = XavierLinear(input_dim, heads) if use_usage_tracking else None
+        self.read_modes = XavierLinear(input_dim, heads * (1 + 2 * heads)) if use_temporal_links else None
+        self.output_proj = XavierLinear(width, input_dim) if use_output else None
         self._set_state: MemoryState | Tensor | None = None
-        self.reset_parameters()
-
-    def reset_parameters(
-        self, zeros: Callable[..., object] = nn.init.zeros_, xavier: Callable[..., object] = nn.init.xavier_uniform_
-    ) -> None:
-        """Draw every projection; gates start half open."""
-        for layer in self.children():
-            if isinstance(layer, nn.Linear):
-                xavier(layer.weight)
-                zeros(layer.bias)
 
     def interface(self, x: Tensor) -> MemoryInterface:
         """(B, input_dim) -> what :func:`memkern.ops.memory_step` reads: keys, strengths, gates and modes."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from memkern.nn._init import XavierLinear, ZeroLinear
 
 
 class MemoryFusion(nn.Module):
@@ -31,23 +31,11 @@ class MemoryFusion(nn.Module):
         if hidden_dim % num_heads:
             raise ValueError(f"hidden_dim ({hidden_dim}) must be a multiple of num_heads ({num_heads})")
         self.num_heads = num_heads
-        self.query = nn.Linear(hidden_dim, hidden_dim)
-        self.key = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.value = nn.Linear(hidden_dim, hidden_dim)
-        self.gate = nn.Linear(hidden_dim, num_heads)
-        self.output = nn.Linear(hidden_dim, hidden_dim)
-        self.reset_parameters()
-
-    def reset_parameters(
-        self, zeros: Callable[..., object] = nn.init.zeros_, xavier: Callable[..., object] = nn.init.xavier_uniform_
-    ) -> None:
-        """Projections whose scores start at the size of one, and the output at zero."""
-        for layer in (self.query, self.key, self.value):
-            xavier(layer.weight)
-            if layer.bias is not None:
-                zeros(layer.bias)
-        zeros(self.output.weight)
-        zeros(self.output.bias)
+        self.query = XavierLinear(hidden_dim, hidden_dim)
+        self.key = XavierLinear(hidden_dim, hidden_dim, bias=False)
+        self.value = XavierLinear(hidden_dim, hidden_dim)
+        self.gate = XavierLinear(hidden_dim, num_heads)
+        self.output = ZeroLinear(hidden_dim, hidden_dim)
 
     def forward(self, hiddens: Tensor, memory: Tensor) -> Tensor:
         """(B, T, D) and (B, S, D) -> (B, T, D) in the dtype of ``hiddens``."""

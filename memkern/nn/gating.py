@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,12 +54,12 @@ class MemoryGatingNetwork(nn.Module):
         self.routing_projection = nn.Linear(hidden_dim, num_experts)
         if pooling_method == "attention":
             self.pool_query = nn.Parameter(torch.empty(hidden_dim))
-            self.reset_parameters()
+            self.draw(nn.init)
 
-    def reset_parameters(self, normal: Callable[..., object] = nn.init.normal_) -> None:
+    def draw(self, init: Any) -> None:
         """Draw ``pool_query``, so that the first scores are of the size of one; the projection is a plain Linear."""
         if self.pooling_method == "attention":
-            normal(self.pool_query, mean=0.0, std=1.0)
+            init.normal_(self.pool_query, mean=0.0, std=1.0)
 
     def route(self, hiddens: Tensor, slot_mask: Tensor | None = None, row_mask: Tensor | None = None) -> Routing:
         """Probabilities, logits, entropy and load-balance loss in one operator call.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from memkern.nn import _checks
+from memkern.nn._init import ExpertList
 
 INIT_STRATEGIES = ("learned", "zeros", "uniform", "orthogonal")
 
@@ -43,29 +44,8 @@ class GatedMemoryMixture(nn.Module):
         self.memory_slots = _checks.positive("memory_slots", memory_slots)
         self.hidden_dim = _checks.positive("hidden_dim", hidden_dim)
         self.init_strategies = check_strategies(init_strategies, num_experts)
-        self._expert_params = nn.ParameterList(
-            nn.Parameter(torch.empty(memory_slots, hidden_dim)) for _ in range(num_experts)
-        )
+        self._expert_params = ExpertList(self.init_strategies, memory_slots, hidden_dim)
         self._set_states: dict[int, Tensor] = {}
-        self.reset_parameters()
-
-    def reset_parameters(
-        self,
-        normal: Callable[..., object] = nn.init.normal_,
-        zeros: Callable[..., object] = nn.init.zeros_,
-        uniform: Callable[..., object] = nn.init.uniform_,
-        orthogonal: Callable[..., object] = nn.init.orthogonal_,
-    ) -> None:
-        """Draw every parameter by its strategy; models pass initialisers that leave loaded parameters alone."""
-        for strategy, parameter in zip(self.init_strategies, self._expert_params, strict=True):
-            if strategy == "learned":
-                normal(parameter, mean=0.0, std=0.02)
-            elif strategy == "zeros":
-                zeros(parameter)
-            elif strategy == "uniform":
-                uniform(parameter, a=0.0, b=0.1)
-            else:
-                orthogonal(parameter)
 
     def initial(self, batch: int) -> Tensor:
         """(B, k, S, D): the learned initial memory for ``batch`` rows, differentiable; its own memory, no view."""

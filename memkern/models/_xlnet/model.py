@@ -19,7 +19,6 @@ from memkern.models._xlnet import loading, tokens
 from memkern.models._xlnet.backbone import MemXLNetModel, attention_choice
 from memkern.models._xlnet.config import backbone_fields
 from memkern.models._xlnet.outputs import MemoryQAOutput
-from memkern.nn.fusion import MemoryFusion
 from memkern.nn.state import copy_state, detach_state, load_state, map_state, save_state, select_rows
 
 try:  # skips what a checkpoint has loaded already
@@ -120,8 +119,8 @@ class MemoryXLNet(XLNetPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MemoryFusion):
-            module.reset_parameters(init.zeros_, init.xavier_uniform_)
+        if hasattr(module, "draw"):
+            module.draw(init)
 
     @property
     def memory_type(self) -> str:

@@ -71,11 +71,7 @@ class GMMXLNetForQA(MemoryXLNet):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, GatedMemoryMixture):
-            module.reset_parameters(init.normal_, init.zeros_, init.uniform_, init.orthogonal_)
-        elif isinstance(module, MemoryGatingNetwork):
-            module.reset_parameters(init.normal_)
-        elif isinstance(module, GMMXLNetForQA) and hasattr(module, "memory_write_embeddings"):
+        if isinstance(module, GMMXLNetForQA) and hasattr(module, "memory_write_embeddings"):
             init.normal_(module.memory_write_embeddings, mean=0.0, std=self.config.initializer_range)
 
     @property

@@ -72,9 +72,7 @@ class MemXLNetForQA(MemoryXLNet):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MemoryController):
-            module.reset_parameters(init.zeros_, init.xavier_uniform_)
-        elif isinstance(module, MemXLNetForQA):
+        if isinstance(module, MemXLNetForQA):
             if hasattr(module, "learned_memory"):
                 init.normal_(module.learned_memory, mean=0.0, std=0.02)
             if hasattr(module, "memory_write_embeddings"):
