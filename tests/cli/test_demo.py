@@ -37,3 +37,20 @@ def test_bad_input(option: str, value: str) -> None:
     result = CliRunner().invoke(main, ["demo", option, value])
     assert result.exit_code == 2
     assert option in result.output
+
+
+def test_recall_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from memkern.training import gmm_recall
+    from memkern.training.gmm_recall import protocol
+
+    def small(seconds: float | None = None) -> gmm_recall.Protocol:
+        sizes = gmm_recall.Sizes(d_model=16, n_layer=1, n_head=2, d_inner=16, memory_tokens=2)
+        curriculum = gmm_recall.Curriculum(steps=2, batch_size=4)
+        return gmm_recall.Protocol(arms=("none",), seeds=(0,), sizes=sizes, curriculum=curriculum, test_documents=4)
+
+    monkeypatch.setattr(protocol, "quick_protocol", small)
+    result = CliRunner().invoke(main, ["demo", "--only", "recall-gmm", "--folder", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "no memory" in result.output
+    assert (tmp_path / "recall-gmm.json").stat().st_size > 100

@@ -133,10 +133,27 @@ def search(stage: Stage) -> None:
     )
 
 
+def recall_gmm(stage: Stage) -> None:
+    """Carry a fact over segments in a mixture of memories; without memory, or with another's, it is lost."""
+    from memkern.cli.recall import gmm as job
+    from memkern.training.gmm_recall import run_protocol
+    from memkern.training.gmm_recall.protocol import quick_protocol
+
+    stage.out.print(
+        "a tiny XLNet points at a value that was named k segments earlier, trained for k up to 2; chance is 0.125"
+    )
+    protocol = quick_protocol(seconds=stage.seconds)
+    path = stage.folder / "recall-gmm.json"
+    path.unlink(missing_ok=True)  # every demo trains anew
+    content = run_protocol(protocol, path, jobs=2)
+    job.show(stage.out, protocol, content, stage.folder, "recall-gmm")
+
+
 STEPS: dict[str, Step] = {
     "machine": Step("what this machine has", machine),
     "validate": Step("are the operators right here?", validate),
     "bench": Step("routing against plain PyTorch and torch.compile", bench),
     "routing": Step("routing real text: the Python documentation", routing),
     "search": Step("exact search in the Python documentation", search),
+    "recall-gmm": Step("facts carried across segments by memory", recall_gmm),
 }

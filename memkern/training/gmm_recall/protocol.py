@@ -133,7 +133,6 @@ def run_one(protocol: Protocol, name: str, seed: int) -> list[dict[str, Any]]:
     Returns:
         a dictionary for each evaluated arm; a run that raised has ``error`` in place of numbers and is counted.
     """
-    torch.set_num_threads(1)
     evaluated = [arm for arm in protocol.arms if (ARMS[arm].trained_as or arm) == name]
     try:
         task = task_of(protocol)
@@ -216,11 +215,18 @@ def run_protocol(
         part.write_text(json.dumps(content, indent=1) + "\n")
         part.replace(path)
 
-    if jobs <= 1:
-        for name, seed in waiting:
-            keep(run_one(protocol, name, seed))
+    if jobs <= 1 or len(waiting) <= 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # tensors this small run no faster on more
+        try:
+            for name, seed in waiting:
+                keep(run_one(protocol, name, seed))
+        finally:
+            torch.set_num_threads(threads)
         return content
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         futures = [pool.submit(run_one, protocol, name, seed) for name, seed in waiting]
         for future in as_completed(futures):
             keep(future.result())
