@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,21 @@ assert "triton" not in sys.modules, "triton was imported before the tests could 
 if "TRITON_INTERPRET" not in os.environ and not any(Path(p).exists() for p in _GPU_DEVICES):
     os.environ["TRITON_INTERPRET"] = "1"
 
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if _WORKER and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # Two workers that compile the same graph at once would write the same files.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+        Path(tempfile.gettempdir()) / f"memkern-inductor-{os.getuid()}-{_WORKER}"
+    )
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import memkern  # noqa: E402
 from memkern.testing.poison import poisoned  # noqa: E402
+
+if _WORKER:
+    torch.set_num_threads(1)  # the workers share the cores
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
