@@ -93,8 +93,27 @@ _SPAN_BWD = define(
     column="retrieval",
 )
 
-for _op in ("retrieved_attention", "fuse_sources", "span_loss"):
-    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW)
+
+def _cuda_width(*tensors: Tensor | None) -> str | None:
+    """The CUDA kernels hold a row of a head in the registers of one warp."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    width = given[0].shape[-1]
+    pack = 4 if any(tensor.dtype != torch.bfloat16 and tensor.dtype != torch.float16 for tensor in given) else 8
+    most = 512 if width % pack == 0 else 256
+    if width <= most:
+        return None
+    return f"cuda takes heads of at most 512 elements, 256 where they are no multiple of 16 bytes; this one has {width}"
+
+
+backends.declare(
+    "retrieved_attention",
+    cpp=backends.ALL,
+    triton=backends.LOW,
+    cuda=backends.LOW,
+    limits={"cuda": _cuda_width},
+)
+for _op in ("fuse_sources", "span_loss"):
+    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW)
 
 
 class _RetrievedAttention(torch.autograd.Function):
@@ -186,6 +205,8 @@ def retrieved_attention(
     if chosen == "reference" or needs_reference():
         return reference.retrieved_attention(queries, keys, values, indices=indices, mask=mask, scale=factor)
     if gradient_needed(queries, keys, values):
+        if values is keys and torch.compiler.is_compiling():
+            values = keys.view_as(keys)  # Dynamo traces no autograd.Function that gets one tensor twice
         return _RetrievedAttention.apply(chosen, queries, keys, values, indices, mask, factor)
     return _ATTENTION_FWD[chosen](queries, keys, values, indices, mask, factor)[0]
 

@@ -65,7 +65,7 @@ CASES = [
     aot.Case("many pairs", lambda: attention(1, 2, 128, 300, 256), archs=(90,)),
     aot.Case("odd", lambda: attention(1, 3, 5, 7, 33), archs=(90,)),
     aot.Case("bank", lambda: attention(8, 16, 2048, 64, 64, bank=8192)),
-    aot.Case("bank odd", lambda: attention(1, 3, 5, 7, 33, bank=11, dtype=torch.float32, masked=True), archs=(80,)),
+    aot.Case("bank odd", lambda: attention(1, 3, 5, 7, 33, bank=11, dtype=torch.float32, masked=True), archs=(90,)),
     aot.Case("fuse", lambda: fuse(16384, 1024, 3)),
     aot.Case("fuse wide", lambda: fuse(16, 5000, 16, torch.float32), archs=(90,)),
     aot.Case("spans", lambda: spans(64, 384)),

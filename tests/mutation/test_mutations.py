@@ -29,6 +29,7 @@ class Mutation:
 
 
 ROUTING = "tests/ops/test_routing.py"
+RETRIEVAL = "tests/ops/test_retrieval.py"
 MUTATIONS = [
     Mutation(
         "a row that pooled to zero is no longer uniform",
@@ -65,6 +66,36 @@ MUTATIONS = [
         "return grad * ctx.world_size, None",
         "return grad, None",
         "tests/ops/test_routing_transforms.py::test_loss_of_the_global_batch",
+    ),
+    Mutation(
+        "a masked pair's NaN reaches the gradient",
+        "triton_kernels/retrieval/attention.py",
+        "d_k = tl.where(ok[:, :, None], d_score[:, :, None] * q[:, None, :], 0.0)",
+        "d_k = (d_score[:, :, None] + 1e-3) * q[:, None, :]",
+        f"{RETRIEVAL}::test_values_and_gradients",
+        "triton_interp",
+    ),
+    Mutation(
+        "an index that occurs twice counts once",
+        "triton_kernels/retrieval/attention.py",
+        "ok = place < last[:, None]",
+        "ok = place < tl.minimum(last, first + 1)[:, None]",
+        f"{RETRIEVAL}::test_repeated_index_counts_twice_and_gradients_add",
+        "triton_interp",
+    ),
+    Mutation(
+        "absent sources take part of the gate",
+        "memkern/reference/retrieval.py",
+        "torch.stack([gate_logits[..., i] for i in present], -1)",
+        "gate_logits[..., : len(present)]",
+        f"{RETRIEVAL}::test_fuse_sources_means_a_renormalised_softmax",
+    ),
+    Mutation(
+        "each segment is a document of its own",
+        "memkern/reference/retrieval.py",
+        "members = document == torch.arange(segments, device=document.device)[:, None]",
+        "members = torch.eye(segments, dtype=torch.bool, device=document.device)",
+        f"{RETRIEVAL}::test_span_loss_by_hand",
     ),
 ]
 
