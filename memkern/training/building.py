@@ -23,7 +23,7 @@ def memory_options(config: TrainingConfig) -> dict[str, Any]:
         return options | {
             "num_experts": config.num_memory_experts,
             "max_experts": config.max_experts,
-            "memory_slots": config.memory_num_tokens,
+            "memory_slots": config.memory_slots or config.memory_num_tokens,
             "routing_mode": config.routing_mode,
             "routing_temperature": config.routing_temperature,
             "pooling_method": config.pooling_method,
@@ -91,7 +91,8 @@ def build_model(config: TrainingConfig, tokenizer: Any) -> Any:
     options = memory_options(config)
     cls = model_class(config)
     if config.memory_tokens_in_text:
-        options |= configure_memory_tokens(tokenizer, config.memory_num_tokens)
+        slots = options["memory_slots"] if config.memory_type == "gmm" else config.memory_num_tokens
+        options |= configure_memory_tokens(tokenizer, slots)
     if config.base_config is not None:
         from transformers import XLNetConfig
 

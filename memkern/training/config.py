@@ -27,7 +27,8 @@ class TrainingConfig(ConfigFile):
 
     A model comes from ``model_name`` (a folder, or a name where a network is), or with ``base_config`` (fields of
     ``XLNetConfig``) from a random start. A tokenizer comes from ``tokenizer_name``, else from the model's folder, else
-    it is trained on the training data.
+    it is trained on the training data. ``max_steps`` counts optimiser steps over all stages and takes the place of
+    ``num_epochs`` in the last one.
 
     Raises:
         ValueError: a field out of range or of an unknown choice, by name.
@@ -185,7 +186,7 @@ class TrainingConfig(ConfigFile):
 
 @dataclass
 class GMMTrainingConfig(TrainingConfig):
-    """Adds the mixture of expert memories; each expert has ``memory_num_tokens`` slots.
+    """Adds the mixture of expert memories; each expert has ``memory_slots`` or else ``memory_num_tokens`` slots.
 
     ``expert_init_strategies`` None is "learned" for every expert. Checks of these fields run with
     ``use_gmm_memory`` only.

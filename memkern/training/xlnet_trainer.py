@@ -77,8 +77,11 @@ class XLNetRecurrentTrainer:
             raise ValueError("progressive_stages: sizes of a given model cannot be changed; leave model=None")
         self.tokenizer = tokenizer if tokenizer is not None else build_tokenizer(stage, self.examples("train"))
         self.model = model if model is not None else build_model(stage, self.tokenizer)
+        self._given_model, self._given_tokenizer = model is not None, tokenizer is not None
         if model is not None:
             self.model.config.bptt_segments = config.bptt_segments
+            if config.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable()
         self.model.to(self.accelerator.device)
         self._features: dict[str, list[SquadFeature]] = {}
 
@@ -200,13 +203,20 @@ class XLNetRecurrentTrainer:
 
     def _load(self, folder: Path, stage: int) -> None:
         """Tokenizer and model of a checkpoint, the model's weights in memory of their own."""
-        from transformers import AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._features.clear()
+        if self._given_model:
+            load_weights(self.model, folder)
+            return
         config = type(self.model).config_class.from_pretrained(folder)
-        if config.memory_type != self._stage_config(stage).memory_type:
-            raise ValueError(f"resume_from_checkpoint: {folder} holds {config.memory_type!r} memory")
+        if config.memory_type != self.model.memory_type:
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} holds {config.memory_type!r} memory, expected "
+                f"{self.model.memory_type!r}"
+            )
+        if not self._given_tokenizer:
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self._features.clear()
         self.model = type(self.model)(config)
         if self.config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -292,10 +302,12 @@ class _Stage:
         )
         world = self.accelerator.num_processes
         self.batches = math.ceil(len(self.loader) / world)
-        steps = math.ceil(self.batches / config.gradient_accumulation_steps) * config.num_epochs
+        an_epoch = math.ceil(self.batches / config.gradient_accumulation_steps)
+        steps = an_epoch * config.num_epochs
         if config.max_steps is not None:
-            steps = min(steps, config.max_steps - self.state.global_step)
-        self.total = steps
+            left = config.max_steps - self.state.global_step
+            steps = left if stage == len(trainer.config.stages) - 1 else min(steps, left)
+        self.total, self.epochs = steps, math.ceil(steps / an_epoch)
         model = trainer.model
         model.train()
         optimizer = torch.optim.AdamW(
@@ -315,7 +327,7 @@ class _Stage:
         config = self.config
         self.step = where["stage_step"]
         if saved is not None:
-            self.total = where["total"]
+            self.total, self.epochs = where["total"], where["epochs"]
             self.optimizer.load_state_dict(saved["optimizer"])
             if self.accelerator.scaler is not None and saved.get("scaler"):
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -325,7 +337,7 @@ class _Stage:
         title = f"stage {self.stage + 1}/{len(self.trainer.config.stages)}"
         shown = config.progress_bar and self.accelerator.is_main_process
         with progress_bar(shown, title, self.total, self.step) as bar:
-            for epoch in range(where["epoch"], config.num_epochs):
+            for epoch in range(where["epoch"], self.epochs):
                 first = where["batch"] if epoch == where["epoch"] else 0
                 self._epoch(epoch, first, bar, title)
                 if self.step >= self.total:
@@ -426,6 +438,7 @@ class _Stage:
                     "batch": at[1],
                     "stage_step": self.step,
                     "total": self.total,
+                    "epochs": self.epochs,
                     "window": window,
                 },
                 "optimizer": self.optimizer.state_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -113,6 +114,20 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(
     again = trainer_for(TrainingConfig(**fields), questions)
     again.train(resume_from_checkpoint=True)
     assert_equal(weights(whole), weights(again))
+
+
+def test_a_given_model_is_trained_and_resumed_in_place(
+    questions: list[SquadExample], settings: Settings, tmp_path: Path
+) -> None:
+    made = trainer_for(GMMTrainingConfig(**settings(use_gmm_memory=True, num_memory_experts=2)), questions)
+    models = [made.model, copy.deepcopy(made.model)]
+    fields = settings(max_steps=9, save_steps=6)  # more than the epochs have; says nothing of a GMM
+    for model, resume in zip(models, (None, tmp_path / "run" / "checkpoint-6"), strict=True):
+        config = TrainingConfig(**fields)
+        trainer = XLNetRecurrentTrainer(config, model=model, tokenizer=made.tokenizer, train_dataset=questions)
+        assert trainer.train(resume_from_checkpoint=resume).global_step == 9
+        assert trainer.model is model
+    assert_equal(*(dict(model.state_dict()) for model in models))
 
 
 def test_only_the_newest_checkpoints_stay(questions: list[SquadExample], settings: Settings) -> None:
