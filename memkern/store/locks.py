@@ -21,6 +21,10 @@ class ReadWriteLock:
         self._depth = 0
         self._mine = threading.local()
 
+    def __reduce__(self) -> tuple[type[ReadWriteLock], tuple[()]]:
+        """A copy of what a lock guards gets a free lock of its own."""
+        return ReadWriteLock, ()
+
     @contextmanager
     def read(self) -> Iterator[None]:
         me = threading.get_ident()

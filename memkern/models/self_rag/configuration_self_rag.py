@@ -192,6 +192,13 @@ class SelfRAGConfig(PreTrainedConfig):
         if self.contrastive_temperature <= 0:
             raise ValueError(f"contrastive_temperature: expected above 0, got {self.contrastive_temperature}")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From a configuration of ours, or from a bare backbone's, which becomes the ``text_config``."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = {"text_config": dict(config_dict)}
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
