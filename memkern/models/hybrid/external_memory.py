@@ -161,10 +161,10 @@ class ExternalMemoryBank:
         rows = queries.detach().view(-1, self.heads, self.head_dim).transpose(0, 1)
         database = self._index[self.layers.index(layer), :, : self._used]
         live = self._live[: self._used]
-        groups: dict[str, Tensor] = {}
+        wanted = owned = None
         if documents is not None:
-            groups["query_group"] = documents.expand(self.heads, -1)
-            groups["row_group"] = self._documents[: self._used].expand(self.heads, -1)
+            wanted = documents.expand(self.heads, -1)
+            owned = self._documents[: self._used].expand(self.heads, -1)
         # Named in a profile on every backend, the reference too, which has no operator of its own.
         with torch.profiler.record_function("memkern::cosine_topk"):
             found = cosine_topk(
@@ -172,8 +172,9 @@ class ExternalMemoryBank:
                 database,
                 self.chunks_per_query,
                 valid=live.expand(self.heads, -1) if self._holes else None,
+                query_group=wanted,
+                row_group=owned,
                 backend=self.backend,
-                **groups,
             )
         return found.indices
 
@@ -208,7 +209,7 @@ class ExternalMemoryBank:
         listed: list[Any] = [entries] if isinstance(entries, str | Mapping) else list(entries)
         ids = []
         for entry in listed:
-            values = {"inp_txt": entry} if isinstance(entry, str) else dict(entry)
+            values: dict[str, Any] = {"inp_txt": entry} if isinstance(entry, str) else dict(entry)
             if "inp_txt" not in values:
                 raise ValueError(f"entries: expected a text or a mapping with 'inp_txt', got {sorted(values)}")
             id = values.get("id")
