@@ -90,10 +90,11 @@ def load(cls: Any, path: Any, args: tuple[Any, ...], config: Any, kwargs: dict[s
         notes += [f"not used: {name}" for name in lost]
         model = target
         model.eval()
+        what = f"converted from memory type {kind!r} to {model.memory_type!r}"
+    else:
+        what = f"read from an earlier layout of memory type {kind!r}"
     if notes:
-        warnings.warn(
-            f"{path}: converted from memory type {kind!r} to {model.memory_type!r}; " + ", ".join(notes), stacklevel=3
-        )
+        warnings.warn(f"{path}: {what}; " + ", ".join(notes), stacklevel=3)
     return model
 
 

@@ -486,7 +486,9 @@ class MemoryXLNet(XLNetPreTrainedModel):
         layer: Any
         for layer in self.transformer.layer:
             rarely += [layer.rel_attn.seg_embed, layer.rel_attn.r_s_bias]
-        return loss + sum(0.0 * p.flatten()[0] for p in rarely if p.requires_grad)
+        # A sharded parameter (FSDP2) needs no tie, and could not enter a sum of local tensors.
+        local = [p for p in rarely if p.requires_grad and not hasattr(p, "device_mesh")]
+        return loss + sum(0.0 * p.flatten()[0] for p in local)
 
 
 def span_cross_entropy(logits: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
