@@ -13,6 +13,8 @@ namespace {
 constexpr int kReads = 4;                         // read heads in one pass; more take further passes
 constexpr int kLinkRows = MK_VEC == 512 ? 4 : 2;  // divides every vector's length: a tile meets one diagonal vector
 
+constexpr int kAhead = 8;                        // rows between a tile and what it prefetches
+
 // How many of the remaining heads the next pass takes: 4, 2 or 1.
 int64_t pass_heads(int64_t left) { return left >= kReads ? kReads : left >= 2 ? 2 : left; }
 
@@ -61,7 +63,7 @@ MK_INLINE void link_rows(const LinkPass<T>& p, int64_t i) {
     for (int a = 0; a < ROWS; ++a) {
       l[a] = load_part(p.from + (i + a) * n + j, part);
       // The next rows lie on another page, where no hardware prefetcher follows.
-      prefetch(p.from + (i + ROWS + a) * n + j);
+      prefetch(p.from + (i + kAhead + a) * n + j);
       if constexpr (UPDATE) {
         const T wi = p.write[i + a];
         l[a] = fma(max(Vec<T>(T(0)), (T(1) - wi) - wj), l[a], wi * pj);
@@ -163,8 +165,8 @@ MK_INLINE void link_rows_backward(const LinkBackward<T>& p, int64_t i) {
 #pragma GCC unroll 4
     for (int a = 0; a < ROWS; ++a) {
       old[a] = load_part(p.links + (i + a) * n + j, part);
-      prefetch(p.links + (i + ROWS + a) * n + j);
-      if (p.grad != nullptr) prefetch(p.grad + (i + ROWS + a) * n + j);
+      prefetch(p.links + (i + kAhead + a) * n + j);
+      if (p.grad != nullptr) prefetch(p.grad + (i + kAhead + a) * n + j);
       const T wi = p.write[i + a];
       kept[a] = (T(1) - wi) - wj;
       l[a] = fma(max(Vec<T>(T(0)), kept[a]), old[a], wi * pj);

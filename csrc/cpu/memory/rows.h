@@ -8,10 +8,13 @@
 
 namespace memkern::cpu::MK_NS {
 
+//
+// The number of vectors is odd: with an even one, and 256 slots above all, vectors of several heads would fall on the same
+// sets of the first cache as the rows of the matrices do, and drive each other out.
 template <class T>
 MK_INLINE int64_t padded(int64_t n) {
   constexpr int64_t N = Vec<T>::N;
-  return (n + N - 1) / N * N;
+  return ((n + N - 1) / N | 1) * N;
 }
 
 // x where the element's place is below n, zero behind.
@@ -24,7 +27,7 @@ MK_INLINE Vec<T> within(Vec<T> x, int64_t left) {
 template <class T>
 MK_INLINE void load_slots(const T* from, int64_t n, T* to) {
   for (int64_t i = 0; i < padded<T>(n); i += Vec<T>::N) {
-    store(to + i, n - i >= Vec<T>::N ? load(from + i) : load_n(from + i, n - i));
+    store(to + i, n - i >= Vec<T>::N ? load(from + i) : load_n(from + i, std::max<int64_t>(n - i, 0)));
   }
 }
 
@@ -92,6 +95,11 @@ MK_INLINE void row_dots(const T* rows, int64_t n, int64_t width, const T* x, int
   for (int64_t i = 0; i < n; i += N) {
     const T* at[N];
     for (int a = 0; a < N; ++a) at[a] = rows + std::min(i + a, n - 1) * width;
+    // Each pass below jumps from row to row, which no hardware prefetcher follows into the next block.
+    const char* next = reinterpret_cast<const char*>(rows + (i + N) * width);
+    for (int64_t line = 0; line < std::min<int64_t>(N, n - i - N) * width * int64_t(sizeof(T)); line += 64) {
+      prefetch(next + line);
+    }
     for (int64_t c = norms == nullptr ? 0 : -1; c < count; ++c) {
       Vec<T> sums[N];
       for (int a = 0; a < N; ++a) sums[a] = Vec<T>(T(0));
