@@ -84,6 +84,7 @@ class MemoryXLNet(XLNetPreTrainedModel):
             self.qa_outputs = base.qa_outputs
         adopted = [self.transformer] if isinstance(base, XLNetModel) else [self.transformer, self.qa_outputs]
         for part in adopted:
+            module: Any
             for module in part.modules():
                 module._is_hf_initialized = True  # else post_init would draw the base model's weights anew
 
@@ -119,8 +120,9 @@ class MemoryXLNet(XLNetPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "draw"):
-            module.draw(init)
+        draw: Any = getattr(module, "draw", None)
+        if draw is not None:
+            draw(init)
 
     @property
     def memory_type(self) -> str:
