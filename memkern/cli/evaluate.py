@@ -25,7 +25,7 @@ def command(
     from memkern.cli._kinds import changed, handler, kind_of_model
 
     out = console()
-    with named_errors(FileNotFoundError, ImportError):
+    with named_errors(OSError, ImportError):
         options = changed(option or []) | {"split": split, "limit": limit, "predictions": predictions}
         scores = handler(kind_of_model(model)).evaluate(model, dataset, options, out)
     if json is not None:

@@ -27,7 +27,7 @@ def command(
     from memkern.data.squad import SquadExample
 
     out = console()
-    with named_errors(FileNotFoundError, ImportError):
+    with named_errors(OSError, ImportError):
         if (dataset is None) == (question is None) or (question is None) != (context is None):
             raise ValueError("dataset: expected a file, or --question with --context")
         source: str | list[SquadExample] = dataset or ""

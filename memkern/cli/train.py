@@ -29,7 +29,7 @@ def command(
     if show_list:
         out.print("\n".join(presets()))
         return
-    with named_errors(FileNotFoundError, ImportError):
+    with named_errors(OSError, ImportError):
         if not config:
             raise ValueError("config: expected a file or a preset; --list shows the presets")
         kind, fields = read_config(config, set_ or [])

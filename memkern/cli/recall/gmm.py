@@ -35,7 +35,7 @@ def command(
     from memkern.training.gmm_recall.protocol import babi_protocol, pointer_protocol, quick_protocol
 
     out = console()
-    with named_errors(FileNotFoundError):
+    with named_errors(OSError):
         if quick:
             protocol = quick_protocol(steps)
         elif babi is not None:
