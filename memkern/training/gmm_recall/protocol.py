@@ -82,8 +82,7 @@ def babi_protocol(folder: str | Path, task: int = 1, steps: int | None = None) -
     """The harder rung: stories of two sentences a segment, official test set."""
     return Protocol(
         arms=("none", "mems", "token", "token-gated", "differentiable", "gmm", "gmm-reset", "gmm-swapped"),
-        curriculum=Curriculum(steps=steps or 2000, first_segments=2, last_segments=6, promote_at=0.8),
-        sizes=Sizes(d_model=128, n_layer=3, d_inner=256, memory_tokens=8),
+        curriculum=Curriculum(steps=steps or 1000, first_segments=2, last_segments=6, promote_at=0.8),
         babi=str(folder),
         babi_task=task,
     )
