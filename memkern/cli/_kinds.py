@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 # The value of ``kind`` in a configuration -> the module.
-KINDS = {"xlnet": "memkern.cli._xlnet"}
+KINDS = {"xlnet": "memkern.cli._xlnet", "self_rag": "memkern.cli._rag", "hybrid": "memkern.cli._rag"}
 # ``model_type`` in a model's config.json -> kind.
-MODEL_TYPES = {"xlnet": "xlnet", "memxlnet": "xlnet", "gmm_xlnet": "xlnet"}
+MODEL_TYPES = {
+    "xlnet": "xlnet",
+    "memxlnet": "xlnet",
+    "gmm_xlnet": "xlnet",
+    "memkern_self_rag": "self_rag",
+    "memkern_hybrid": "hybrid",
+}
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

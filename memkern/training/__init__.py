@@ -14,6 +14,7 @@ from memkern.training.groups import param_groups
 from memkern.training.rag_config import RAGTrainingConfig
 
 if TYPE_CHECKING:
+    from memkern.training.hybrid_trainer import HybridTrainer, HybridTrainingConfig
     from memkern.training.losses import document_span_loss
     from memkern.training.predictor import Predictions, QAPredictor
     from memkern.training.rag_trainer import RAGTrainer, RAGTrainerState
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GMMTrainingConfig",
+    "HybridTrainer",
+    "HybridTrainingConfig",
     "Predictions",
     "QAPredictor",
     "RAGTrainer",
@@ -37,6 +40,8 @@ __all__ = [
 
 # What needs the operators, the models or accelerate is imported when it is asked for.
 _LAZY = {
+    "HybridTrainer": "hybrid_trainer",
+    "HybridTrainingConfig": "hybrid_trainer",
     "Predictions": "predictor",
     "QAPredictor": "predictor",
     "RAGTrainer": "rag_trainer",

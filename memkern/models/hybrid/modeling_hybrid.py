@@ -152,8 +152,7 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
     def reset_memory(self) -> None:
         """Back to the learned initial memory; forget what gates kept."""
         self._state = None
-        for layer in self.memory_layers.values():
-            layer.cache.clear()  # type: ignore[operator, union-attr]
+        self.reset_gates()
 
     @staticmethod
     def detach(state: State) -> State:
@@ -344,6 +343,19 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
         }
 
     # External memory
+
+    def use_bank(self, bank: ExternalMemoryBank) -> None:
+        """Put another bank of the same sizes in place of the external memory."""
+        self.external_memory = bank
+        for layer in self.memory_layers.values():
+            if layer.bank is not None:  # type: ignore[union-attr]
+                layer.bank = bank  # type: ignore[assignment]
+        self.reset_gates()
+
+    def reset_gates(self) -> None:
+        """Forget what gates kept for their documents."""
+        for layer in self.memory_layers.values():
+            layer.cache.clear()  # type: ignore[operator, union-attr]
 
     @torch.no_grad()
     def write_external_memory(
