@@ -353,5 +353,9 @@ def memory_scan(
 
 
 def default_checkpoint_every(steps: int) -> int:
-    """About sqrt(T): as many snapshots of the link matrices as a segment recomputes."""
-    return max(1, math.isqrt(max(steps - 1, 0)) + 1)
+    """ceil(sqrt(T)): as many snapshots of the link matrices as a segment recomputes."""
+    every = 1
+    # By comparisons alone, which a compiler can take as guards on a symbolic number of steps.
+    while every * every < steps:
+        every += 1
+    return every
