@@ -29,6 +29,7 @@ class Mutation:
 
 
 ROUTING = "tests/ops/test_routing.py"
+EXPERTS = "tests/ops/test_expert_update.py"
 RETRIEVAL = "tests/ops/test_retrieval.py"
 MUTATIONS = [
     Mutation(
@@ -96,6 +97,36 @@ MUTATIONS = [
         "members = document == torch.arange(segments, device=document.device)[:, None]",
         "members = torch.eye(segments, dtype=torch.bool, device=document.device)",
         f"{RETRIEVAL}::test_span_loss_by_hand",
+    ),
+    Mutation(
+        "a masked row's NaN reaches the weights",
+        "memkern/ops/_expert_update_cpu.py",
+        "gathered.view(batch, slots, width).masked_fill_(~mask[:, None, None], 0.0)",
+        "pass",
+        f"{EXPERTS}::test_masked_rows_keep_their_state_and_reach_nothing",
+        "cpp",
+    ),
+    Mutation(
+        "a probability of zero has no gradient",
+        "memkern/reference/expert_update.py",
+        "kept = m.detach() - torch.nan_to_num(mixed.detach() - mixed, nan=0.0)",
+        "kept = m",
+        "tests/ops/test_expert_update_transforms.py::test_gradcheck_and_double_backward",
+    ),
+    Mutation(
+        "the update mixes by the gate alone",
+        "triton_kernels/expert_update.py",
+        "    a = p[:, None] * g\n",
+        "    a = g\n",
+        f"{EXPERTS}::test_by_hand",
+        "triton_interp",
+    ),
+    Mutation(
+        "of equal slot ids the last counts",
+        "memkern/reference/expert_update.py",
+        "match.to(torch.uint8).argmax(-1)",
+        "(match.to(torch.uint8) * torch.arange(1, 1 + match.shape[-1], dtype=torch.uint8)).argmax(-1)",
+        "tests/ops/test_expert_update_slots.py::test_scatter_by_hand",
     ),
 ]
 
