@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from memkern.nn import _checks
@@ -46,10 +45,6 @@ class GatedMemoryMixture(nn.Module):
         self.init_strategies = check_strategies(init_strategies, num_experts)
         self._expert_params = ExpertList(self.init_strategies, memory_slots, hidden_dim)
         self._set_states: dict[int, Tensor] = {}
-
-    def initial(self, batch: int) -> Tensor:
-        """(B, k, S, D): the learned initial memory for ``batch`` rows, differentiable; its own memory, no view."""
-        return torch.stack(list(self._expert_params)).expand(batch, -1, -1, -1)
 
     def get_expert_state(self, expert_idx: int) -> Tensor:
         """(S, D): the state that was set, else the learned parameter.

@@ -329,6 +329,9 @@ class TestDocuments:
         out = GMMXLNetForQA(base, use_gmm_memory=False)(**inputs, document_mask=mask)
         torch.testing.assert_close(out.start_logits[:, 1], base(**segment(1)).start_logits)
         assert out.new_memory_state == {}
+        off = GMMXLNetForQA(base, use_gmm_memory=False)
+        assert off(**inputs, return_routing_info=True)["routing_info"] == {}
+        assert off(**segment(), return_routing_info=True)["routing_info"] == {}
 
 
 class TestGmm:
@@ -512,6 +515,14 @@ def test_bad_base_models(base: Any) -> None:
         GMMXLNetForQA(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="unknown arguments num_expert"):
         GMMXLNetForQA(base, num_expert=3)
+
+
+def test_the_vocabulary_can_grow(base: Any, segment: Any) -> None:
+    model = GMMXLNetForQA(base, 2, 3)
+    expected = model(**segment()).start_logits
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == model.transformer.word_embedding.num_embeddings == 70
+    torch.testing.assert_close(model(**segment()).start_logits, expected)
 
 
 def test_names_for_the_optimiser(base: Any) -> None:

@@ -98,7 +98,6 @@ class TestMixture:
         batched = [torch.zeros(B, S, D)] * 2
         assert mixture(batched) is batched
         assert mixture()[0] is mixture._expert_params[0]
-        assert mixture.initial(B).shape == (B, 2, S, D)
 
     def test_keys_and_repr(self) -> None:
         mixture = GatedMemoryMixture(3, S, D)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,12 +47,9 @@ def load(cls: Any, path: Any, args: tuple[Any, ...], config: Any, kwargs: dict[s
     source = path if config is None else config
     found, _ = PreTrainedConfig.get_config_dict(source, **hub)
     earlier = legacy.find(path)
-    if earlier is not None:
-        kind = earlier.memory_type
-    else:
-        kind = found.get("memory_type", "standard")
+    kind = found.get("memory_type", "standard") if earlier is None else earlier.memory_type
     own = earlier is None and found.get("model_type") == config_class.model_type
-    wanted = _wanted(cls, fields, found if own else {}, kind)
+    wanted = ("gmm",) if config_class.model_type == "gmm_xlnet" else ("token", "differentiable")
     if kind == "standard":
         keep = {} if not own else {name: found[name] for name in _fields(config_class) if name in found}
         base = found if own else backbone_fields(found)
@@ -138,13 +131,6 @@ def _asks_for_conversion(config_class: Any, fields: dict[str, Any]) -> bool:
     return any(name in fields for name in config_class.type_fields)
 
 
-def _wanted(cls: Any, fields: dict[str, Any], found: dict[str, Any], kind: str) -> tuple[str, ...]:
-    """The memory types that a load into ``cls`` with these keywords takes as they are."""
-    if cls.config_class.model_type == "gmm_xlnet":
-        return ("gmm",)
-    return ("token", "differentiable")
-
-
 def _class_of(kind: str) -> Any:
     from memkern.models.gmm_xlnet import GMMXLNetForQA
     from memkern.models.memxlnet import MemXLNetForQA
@@ -166,7 +152,6 @@ def _finished(loaded: Any) -> Any:
 
 def copy_overlap(target: nn.Module, source: nn.Module) -> list[str]:
     """Copy parameters of the memory by name as far as both reach; see :meth:`MemoryXLNet.load_overlapping`."""
-    heads = {"memory_controller": _heads(target), "": None}
     theirs = dict(source.named_parameters())
     partial = []
     with torch.no_grad():
@@ -177,7 +162,7 @@ def copy_overlap(target: nn.Module, source: nn.Module) -> list[str]:
             if other is None:
                 partial.append(name)
                 continue
-            if name.startswith("memory_controller.") and heads["memory_controller"] != _heads(source):
+            if name.startswith("memory_controller.") and _heads(target) != _heads(source):
                 _copy_heads(name, parameter, other, _heads(target), _heads(source))
                 partial.append(name)
                 continue
@@ -213,16 +198,3 @@ def _copy_heads(name: str, parameter: Tensor, other: Tensor, heads: int, their_h
         return
     width = parameter.shape[0] // heads
     parameter[: both * width].copy_(other[: both * width])
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: the file is damaged; the message names it.
-    """
-    try:
-        fields: dict[str, Any] = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return copy.copy(fields)

@@ -414,7 +414,9 @@ class MemoryXLNet(XLNetPreTrainedModel):
         )
         start, end = self._answer(encoded.last_hidden_state)
         kept = {"mems": encoded.mems, "hidden_states": encoded.hidden_states, "attentions": encoded.attentions}
-        return SegmentResult(start, end, state, encoder=kept)
+        # Asked for and not there: nothing was routed.
+        info: dict[str, Tensor] | None = {} if options["return_routing_info"] else None
+        return SegmentResult(start, end, state, routing_info=info, encoder=kept)
 
     def _encode(self, segment: tokens.Segment, read: Tensor, write: Tensor | None, options: dict[str, Any]) -> Any:
         """The encoder over text and memory tokens."""
@@ -528,8 +530,8 @@ def _mean_entropy(results: list[SegmentResult], masks: Sequence[Tensor | None]) 
 def _routing_info(results: list[SegmentResult]) -> dict[str, Tensor] | None:
     """The segments' routing, stacked behind the batch; the activations of the experts summed."""
     parts = [r.routing_info for r in results if r.routing_info is not None]
-    if not parts:
-        return None
+    if not parts or not parts[0]:
+        return results[-1].routing_info
     stacked = {name: torch.stack([part[name] for part in parts], 1) for name in parts[0] if name != _ACTIVATIONS}
     return stacked | {_ACTIVATIONS: torch.stack([part[_ACTIVATIONS] for part in parts]).sum(0)}
 
