@@ -42,6 +42,7 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {}
 _LIMITS: dict[tuple[str, str], Limit] = {}
+_MISSING: dict[tuple[str, str], str] = {}
 _PREFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "configs" / "dispatch.json").read_text())["ops"]
 _warned: set[tuple[str, str]] = set()
 
@@ -92,6 +93,14 @@ def declare(
             _DTYPES[op, name] = tuple(dtypes)
     for name, limit in (limits or {}).items():
         _LIMITS[op, name] = limit
+    for name, library, key in (("cpp", native.LIBRARIES["cpu"], "CPU"), ("cuda", native.LIBRARIES["cuda"], "CUDA")):
+        raw = f"memkern::{op}_fwd_{name}"
+        if not library.loaded or not torch._C._dispatch_has_kernel(raw):
+            continue
+        # Known here, once: torch.compile could not trace the question.
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(raw, key):
+            older = f"{library.path.name} has no {op}: it is older than the Python files"
+            _MISSING[op, name] = f"{older}. {native.REPAIR}"
 
 
 def _absent(name: str, device: str | None) -> str | None:
@@ -127,7 +136,7 @@ def _declines(op: str, name: str, tensors: tuple[Tensor | None, ...]) -> str | N
         if tensor is not None:
             device = tensor.device.type
             break
-    reason = _absent(name, device)
+    reason = _absent(name, device) or _MISSING.get((op, name))
     if reason is not None:
         return reason
     for tensor in tensors:
@@ -189,7 +198,7 @@ def _warn_reference(op: str, tensors: tuple[Tensor | None, ...]) -> None:
     expected = {"cuda": "triton", "cpu": "cpp"}.get(device)
     if torch.compiler.is_compiling() or expected is None or (op, device) in _warned:
         return
-    if device == "cpu" and not native.LIBRARIES["cpu"].broken:
+    if device == "cpu" and not (native.LIBRARIES["cpu"].broken or (op, "cpp") in _MISSING):
         return
     _warned.add((op, device))
     reasons = "; ".join(f"{name}: {why}" for name, why in explain(op, *tensors).items() if why)
@@ -217,5 +226,8 @@ def explain(op: str, *tensors: Tensor | None) -> dict[str, str | None]:
     if tensors:
         return {name: _declines(op, name, tensors) for name in NAMES}
     return {
-        name: _absent(name, None) if (op, name) in _DTYPES else f"{op} has no {name} implementation" for name in NAMES
+        name: _absent(name, None) or _MISSING.get((op, name))
+        if (op, name) in _DTYPES
+        else f"{op} has no {name} implementation"
+        for name in NAMES
     }

@@ -122,3 +122,28 @@ def test_first_use_of_a_broken_library_warns_once(tmp_path: Path) -> None:
     )
     done = run(code, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_library_older_than_the_python_files_lacks_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not memkern.native.LIBRARIES["cpu"].loaded:
+        pytest.skip("the cpu library is not here")
+    for table in ("_DTYPES", "_MISSING"):
+        monkeypatch.setattr(backends, table, dict(getattr(backends, table)))
+    library = torch.library.Library("memkern", "FRAGMENT")
+    try:
+        library.define("newer_fwd_cpp(Tensor x) -> Tensor")
+        backends.declare("newer", cpp=backends.ALL)
+        reason = backends.explain("newer", torch.zeros(1))["cpp"]
+        assert reason is not None
+        assert "_ops_cpu.so has no newer" in reason
+        assert "make build" in reason
+        with pytest.warns(RuntimeWarning, match="older than the Python files"):
+            assert backends.select("newer", None, torch.zeros(1)) == "reference"
+        with pytest.raises(memkern.BackendUnavailable, match="older than the Python files"):
+            backends.select("newer", "cpp", torch.zeros(1))
+        library.impl("newer_fwd_cpp", torch.clone, "CPU")
+        backends._MISSING.clear()
+        backends.declare("newer", cpp=backends.ALL)
+        assert backends.explain("newer", torch.zeros(1))["cpp"] is None
+    finally:
+        library._destroy()
