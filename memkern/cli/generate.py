@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,7 +35,11 @@ def command(
         import torch
 
         torch.manual_seed(seed)
-        options = {"max_new_tokens": max_new_tokens, "use_memory": use_memory, "do_sample": temperature > 0}
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "use_memory": use_memory,
+            "do_sample": temperature > 0,
+        }
         if temperature > 0:
             options |= {"temperature": temperature, "top_p": top_p}
         texts = handler(kind).generate(model, prompt, memory or [], options, out)

@@ -146,7 +146,7 @@ def run_seed(
     if plain is not None:
         without = replace(settings, contrastive_weight=0.0)
         plain.config.contrastive_weight = 0.0
-        plain = train_retriever(plain, copy.deepcopy(log), without, seed, progress=progress)
+        plain = train_retriever(plain, copy.deepcopy(log), without, seed, steps=log.retriever_steps, progress=progress)
         arms[NO_CONTRAST] = evaluate(plain, without, seed, documents, arms=("self-rag",))["self-rag"]
     return SeedResult(seed, log, arms, sum(p.numel() for p in model.parameters()), time.perf_counter() - start)
 
@@ -182,4 +182,4 @@ def run(
 
 def quick_settings() -> RecallSettings:
     """A minute instead of several: fewer questions, a shorter second phase. Not the published protocol."""
-    return replace(RecallSettings(), queries_per_bin=160, retriever_steps=150)
+    return replace(RecallSettings(), queries_per_bin=160, retriever_steps=100, anneal_steps=100)

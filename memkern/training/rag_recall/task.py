@@ -38,9 +38,11 @@ class RecallSettings:
     reader_questions: int = 4  # of each document, one after another
     lookup: float = 0.85  # running accuracy at which the number of keys doubles
     reader_steps: int = 1500  # at most
-    batch_documents: int = 8
-    batch_questions: int = 8  # of each document
-    retriever_steps: int = 400
+    batch_documents: int = 4
+    batch_questions: int = 16  # of each document
+    sure: float = 0.97  # running accuracy at which the learning rate starts to fall
+    retriever_steps: int = 800  # at most, until then
+    anneal_steps: int = 200
     contrastive_weight: float = 0.3
     contrastive_temperature: float = 0.05
 

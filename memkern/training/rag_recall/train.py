@@ -94,21 +94,32 @@ def train_reader(
 
 
 def train_retriever(
-    model: SelfRAGModel, log: TrainingLog, settings: RecallSettings, seed: int, *, progress: Progress = silent
+    model: SelfRAGModel,
+    log: TrainingLog,
+    settings: RecallSettings,
+    seed: int,
+    *,
+    steps: int | None = None,
+    progress: Progress = silent,
 ) -> SelfRAGModel:
-    """Phase two: the contrastive loss beside reading 2, 4 or 8 facts in random order, the right one among them."""
+    """Phase two: the contrastive loss beside reading 2, 4 or 8 facts in random order.
+
+    Args:
+        steps: how many in all, those of the falling learning rate included; None ends by the running accuracy.
+    """
     start = time.perf_counter()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 2 * TRAINING_SEED)
-    optimizer, recent = optimiser(model, settings), _Running()
+    optimizer, recent = optimiser(model, settings), _Running(3 * AVERAGED)
     model.train()
     count, questions = settings.batch_documents, settings.batch_questions
     rows = torch.arange(count)[:, None]
     groups = torch.arange(count).repeat_interleave(questions).tolist()
-    for step in range(settings.retriever_steps):
+    end, step = steps, 0
+    while end is None or step < end:
         for group in optimizer.param_groups:
-            left = 1 - step / settings.retriever_steps
-            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps, 2 * left)
+            left = 1.0 if end is None else (end - step) / settings.anneal_steps
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps, left)
         documents = draw(settings, count, _seed(generator))
         wanted = torch.rand(count, settings.facts, generator=generator).argsort(1)[:, :questions]
         k = min(settings.facts, (settings.chunks // 2, settings.chunks, 2 * settings.chunks)[step % 3])
@@ -132,8 +143,11 @@ def train_retriever(
         _update(model, optimizer, found.loss)
         log.lookup_accuracy = recent.add((found.logits[:, -2].argmax(-1) == answers).float().mean().item())
         log.note(log.reader_steps + step + 1, settings.keys)
-        progress("retriever", step + 1, log.lookup_accuracy)
-    log.retriever_steps, log.retriever_seconds = settings.retriever_steps, time.perf_counter() - start
+        step += 1
+        progress("retriever", step, log.lookup_accuracy)
+        if end is None and ((recent.full and log.lookup_accuracy >= settings.sure) or step >= settings.retriever_steps):
+            end = step + settings.anneal_steps
+    log.retriever_steps, log.retriever_seconds = step, time.perf_counter() - start
     model.memory.clear()
     return model.eval()
 
@@ -141,15 +155,16 @@ def train_retriever(
 class _Running:
     """Mean of the last accuracies."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = AVERAGED) -> None:
+        self.count = count
         self.values: list[float] = []
 
     @property
     def full(self) -> bool:
-        return len(self.values) == AVERAGED
+        return len(self.values) == self.count
 
     def add(self, value: float) -> float:
-        self.values = [*self.values, value][-AVERAGED:]
+        self.values = [*self.values, value][-self.count :]
         return sum(self.values) / len(self.values)
 
 
