@@ -98,7 +98,7 @@ def test_metrics_of_a_curve():
 def test_the_command_writes_table_json_and_plot(recall, tmp_path, monkeypatch):
     import memkern.training.rag_recall as package
 
-    monkeypatch.setattr(package, "quick_settings", lambda: TINY)
+    monkeypatch.setattr(package, "quick_settings", lambda seconds=60.0: TINY)
     monkeypatch.setattr(package, "run", lambda *args, **options: recall)
     result = CliRunner().invoke(main, ["recall", "self-rag", "--quick", "--folder", str(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -149,6 +149,19 @@ def recall_gmm(stage: Stage) -> None:
     job.show(stage.out, protocol, content, stage.folder, "recall-gmm")
 
 
+def recall_self_rag(stage: Stage) -> None:
+    """Ask for facts at every position of a document; retrieved ones are found wherever they stood."""
+    from memkern.cli.recall import self_rag as job
+    from memkern.training.rag_recall import quick_settings, run
+
+    stage.out.print(
+        "a tiny transformer learns to read facts, then to retrieve them by its own embeddings; chance is 0.0625"
+    )
+    with stage.out.status("training") as status:
+        recall = run(quick_settings(stage.seconds), (0,), contrast_arm=False, say=status.update)
+    job.show(stage.out, recall.to_dict(), stage.folder, "recall-self-rag")
+
+
 STEPS: dict[str, Step] = {
     "machine": Step("what this machine has", machine),
     "validate": Step("are the operators right here?", validate),
@@ -156,4 +169,5 @@ STEPS: dict[str, Step] = {
     "routing": Step("routing real text: the Python documentation", routing),
     "search": Step("exact search in the Python documentation", search),
     "recall-gmm": Step("facts carried across segments by memory", recall_gmm),
+    "recall-self-rag": Step("facts retrieved from every position", recall_self_rag),
 }

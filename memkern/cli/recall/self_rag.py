@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from memkern.cli._common import console, named_errors, write_json
 
@@ -36,8 +37,7 @@ def command(
             write_json(folder / "self-rag-text.json", run_text(say=out.print))
         out.print(f"{folder}: self-rag-text.json")
         return
-    from memkern.analysis import VISUALIZATION_AVAILABLE
-    from memkern.training.rag_recall import Recall, RecallSettings, markdown, plot, quick_settings, run, verdicts
+    from memkern.training.rag_recall import Recall, RecallSettings, quick_settings, run
 
     name = "self-rag-recall-quick" if quick else "self-rag-recall"
     path = folder / f"{name}.json"
@@ -52,8 +52,15 @@ def command(
             say=status.update,
             done=lambda found: write_json(path, found.to_dict()),
         )
-    content = recall.to_dict()
-    write_json(path, content)
+    show(out, recall.to_dict(), folder, name)
+
+
+def show(out: Console, content: dict[str, Any], folder: Path, name: str) -> None:
+    """Print the table and the bars, and write both, the results and the plot."""
+    from memkern.analysis import VISUALIZATION_AVAILABLE
+    from memkern.training.rag_recall import markdown, plot, verdicts
+
+    write_json(folder / f"{name}.json", content)
     lines = [markdown(content), "", *verdicts(content)]
     out.print("\n".join(lines), soft_wrap=True, markup=False)
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")

@@ -180,6 +180,12 @@ def run(
     return recall
 
 
-def quick_settings() -> RecallSettings:
-    """A minute instead of several: fewer questions, a shorter second phase. Not the published protocol."""
-    return replace(RecallSettings(), queries_per_bin=160, retriever_steps=100, anneal_steps=100)
+def quick_settings(seconds: float = 60.0) -> RecallSettings:
+    """A minute (or fewer ``seconds``) instead of several, by fewer steps and questions. Not the published protocol."""
+    return replace(
+        RecallSettings(),
+        queries_per_bin=160,
+        retriever_steps=max(1, round(150 * seconds / 60)),
+        anneal_steps=max(1, round(50 * seconds / 60)),
+        reader_steps=max(1, round(400 * seconds / 60)),
+    )
