@@ -182,10 +182,11 @@ def run(
 
 def quick_settings(seconds: float = 60.0) -> RecallSettings:
     """A minute (or fewer ``seconds``) instead of several, by fewer steps and questions. Not the published protocol."""
+    share = seconds / 60
     return replace(
         RecallSettings(),
         queries_per_bin=160,
-        retriever_steps=max(1, round(150 * seconds / 60)),
-        anneal_steps=max(1, round(50 * seconds / 60)),
-        reader_steps=max(1, round(400 * seconds / 60)),
+        reader_steps=max(1, round(400 * share)),
+        retriever_steps=max(1, round(150 * share)),
+        anneal_steps=max(1, round(50 * share)),
     )
