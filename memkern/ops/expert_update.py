@@ -148,7 +148,7 @@ LIBRARY.impl("update_experts_fwd_cpp", _expert_update_cpu.update_experts_fwd, "C
 LIBRARY.impl("update_experts_bwd_cpp", _expert_update_cpu.update_experts_bwd, "CPU")
 
 for _op in ("update_experts", "aggregate_experts", "gather_slots", "scatter_slots"):
-    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW)
+    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW)
 
 
 def _cast(grad: Tensor, like: Tensor | None) -> Tensor | None:
