@@ -171,7 +171,13 @@ for _op in ("route_experts", "temperature_softmax", "routing_entropy", "load_bal
 
 
 def _cast(grad: Tensor, like: Tensor | None) -> Tensor | None:
-    return None if like is None else grad.to(like.dtype)
+    if like is None or grad.dtype is like.dtype:
+        return None if like is None else grad
+    return grad.to(like.dtype)
+
+
+def _requires_grad(value: Tensor | None) -> bool:
+    return value is not None and value.requires_grad
 
 
 class _RouteExperts(torch.autograd.Function):
@@ -204,8 +210,10 @@ class _RouteExperts(torch.autograd.Function):
         ctx.clamp, ctx.straight_through = clamp, straight_through
         ctx.set_materialize_grads(False)
         # The temperature comes after the logits: alone, it makes none of them differentiable.
-        before_logits = any(x is not None and x.requires_grad for x in (hiddens, weight, bias, pool_query))
-        ctx.mark_non_differentiable(*((zero_rows,) if before_logits else (zero_rows, logits)))
+        if hiddens.requires_grad or weight.requires_grad or _requires_grad(bias) or _requires_grad(pool_query):
+            ctx.mark_non_differentiable(zero_rows)
+        else:
+            ctx.mark_non_differentiable(zero_rows, logits)
         return probs, logits, entropy, loss, zero_rows
 
     @staticmethod
@@ -315,25 +323,25 @@ def _plainly_fine(
     hiddens: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor, clamp: float | None
 ) -> bool:
     """The frequent case in a handful of comparisons: float32 mean pooling without masks. False means: look closer."""
+    if not (type(hiddens) is Tensor and type(weight) in _checks._PLAIN and hiddens.dim() == 3 and weight.dim() == 2):
+        return False
+    experts, width = weight.shape
     return (
-        type(hiddens) is Tensor
-        and type(temperature) is float
+        type(temperature) is float
         and 0.0 < temperature < _OFF
         and (clamp is None or (type(clamp) is float and clamp > 0.0))
-        and type(weight) in _checks._PLAIN
         and hiddens.dtype is weight.dtype is torch.float32
-        and hiddens.dim() == 3
-        and weight.dim() == 2
-        and weight.shape[1] == hiddens.shape[2]
-        and 0 < weight.shape[0] <= MAX_EXPERTS
-        and weight.device == hiddens.device
+        and width == hiddens.shape[2]
+        and 0 < experts <= MAX_EXPERTS
+        and ((hiddens.is_cpu and weight.is_cpu) or weight.device == hiddens.device)
         and (
             bias is None
             or (
                 type(bias) in _checks._PLAIN
                 and bias.dtype is torch.float32
-                and bias.shape == weight.shape[:1]
-                and bias.device == hiddens.device
+                and bias.dim() == 1
+                and bias.numel() == experts
+                and ((hiddens.is_cpu and bias.is_cpu) or bias.device == hiddens.device)
             )
         )
     )
@@ -427,7 +435,9 @@ def route_experts(
         if process_group is None:
             return details.routing
         return details.routing._replace(load_balance_loss=_global_loss(details.probs, row_mask, process_group))
-    if isinstance(temperature, Tensor):
+    if type(temperature) is float:  # ahead of isinstance, which asks the metaclass of Tensor
+        tensor, value = None, temperature
+    elif isinstance(temperature, Tensor):
         tensor, value = temperature, 1.0
     else:
         tensor, value = None, float(temperature)

@@ -144,7 +144,7 @@ def _backward_rows(
     B, S, D, K, stride_b, stride_s, stride_d, split_width, temperature_value, limit, root,
     POOLING: tl.constexpr, DOT: tl.constexpr, BOUNDED: tl.constexpr, THROUGH: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_E: tl.constexpr, WHOLE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -157,6 +157,9 @@ def _backward_rows(
     first = split * split_width
     last = tl.minimum(first + split_width, D)
     valid = rows < B
+    if d_raw is not None:
+        # Every split writes the same values, and in the products below reads its own.
+        tl.store(d_raw + rows[:, None] * K + k[None, :], dz, mask=valid[:, None] & (k < K)[None, :])
     if d_hiddens is not None or POOLING == 2:
         if not DOT:
             g = tl.sum(dz, 0)
@@ -167,13 +170,20 @@ def _backward_rows(
                 for s in range(S):
                     count += (tl.load(slot_mask + rows * S + s, mask=valid, other=0) != 0).to(tl.int32)
             scale = 1.0 / tl.maximum(count, 1).to(tl.float32)
+        if DOT:
+            tl.debug_barrier()
         for start in range(first, last, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             inside = d < last
-            at_w = weight + k[:, None].to(tl.int64) * D + d[None, :]
-            w = tl.load(at_w, mask=(k < K)[:, None] & inside[None, :], other=0.0).to(tl.float32)
             if DOT:
-                dp = mdot(dz, w, tl.zeros((BLOCK_B, BLOCK_D), tl.float32), "ieee")
+                dp = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+                for k0 in range(0, K, BLOCK_E):
+                    e = k0 + tl.arange(0, BLOCK_E)
+                    at = d_raw + rows[:, None] * K + e[None, :]
+                    g = tl.load(at, mask=valid[:, None] & (e < K)[None, :], other=0.0)
+                    at_w = weight + e[:, None].to(tl.int64) * D + d[None, :]
+                    w = tl.load(at_w, mask=(e < K)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                    dp = mdot(g, w, dp, "ieee")
                 lanes = valid[:, None] & inside[None, :]
                 if POOLING == 0:
                     dp = dp * scale[:, None]
@@ -190,6 +200,8 @@ def _backward_rows(
                         dx = dp
                     tl.store(out + tl.cast(s, tl.int64) * D, cast(dx, d_hiddens.dtype.element_ty), mask=lanes)
             else:
+                at_w = weight + k[:, None].to(tl.int64) * D + d[None, :]
+                w = tl.load(at_w, mask=(k < K)[:, None] & inside[None, :], other=0.0).to(tl.float32)
                 dp = tl.sum(w * g[:, None], 0)
                 if POOLING == 2:
                     tl.store(d_pool + row * D + d, dp, mask=inside)
@@ -219,10 +231,8 @@ def _backward_rows(
                 hiddens, query, slot_mask, saved_pool, slot_weights, d_pool, d_hiddens, query_parts, row, root, S, D,
                 stride_b, stride_s, stride_d, WHOLE, BLOCK_A, BLOCK_W,
             )  # fmt: skip
-    if split == 0:
-        if d_raw is not None:
-            tl.store(d_raw + rows[:, None] * K + k[None, :], dz, mask=valid[:, None] & (k < K)[None, :])
-        if terms is not None:
+    if terms is not None:  # noqa: SIM102 - one condition is known when compiling, the other is not
+        if split == 0:
             own = terms + row * (K + 1)
             tl.store(own + k, tl.sum(dz, 0), mask=k < K)
             tl.store(own + K, tl.sum(share, 0))
@@ -339,11 +349,11 @@ def route_experts_bwd(
         for empty in outputs:
             empty.zero_()
         return outputs
-    c = row_config(hiddens, experts, pooling, low=False)
+    c = row_config(hiddens, experts, pooling, backward=True)
     # Without a gradient of the input there are no columns to split.
     splits = c.splits if need_hiddens or attention else 1
     sums = need_params or need_temperature
-    d_raw = new(rows, experts) if need_params else None
+    d_raw = new(rows, experts) if need_params or (need_hiddens and c.dot) else None
     query_parts = new(rows, width) if need_params and attention else None
     with on_device(hiddens):
         _backward_rows[(c.blocks, splits)](
@@ -360,7 +370,7 @@ def route_experts_bwd(
             1 / math.sqrt(max(width, 1)),
             POOLING=pooling, DOT=c.dot, BOUNDED=math.isfinite(clamp), THROUGH=straight_through, GROUP=GROUP,
             BLOCK_B=c.block_b, BLOCK_S=c.block_s, BLOCK_D=c.block_d, BLOCK_K=c.block_k,
-            WHOLE=c.whole, BLOCK_A=c.block_a, BLOCK_W=c.block_w, num_warps=c.num_warps, **LAUNCH,
+            BLOCK_E=16, WHOLE=c.whole, BLOCK_A=c.block_a, BLOCK_W=c.block_w, num_warps=c.num_warps, **LAUNCH,
         )  # fmt: skip
         if need_params and width > 0:
             w = weight_config(hiddens, experts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
-from .._common import sm_count
+from .._common import capability, sm_count
 
 POOL_TILE = 4096
 """Elements of a (slots, columns) tile: 32 a thread, four 16-byte loads in flight."""
@@ -39,18 +39,25 @@ class RowConfig:
     num_warps: int
 
 
-def row_config(hiddens: Tensor, experts: int, pooling: int, *, low: bool) -> RowConfig:
+def row_config(hiddens: Tensor, experts: int, pooling: int, *, low: bool = False, backward: bool = False) -> RowConfig:
     """For a (B, S, D) input. Few rows are split along D until they fill the multiprocessors."""
     rows, slots, width = hiddens.shape
     block_k, attention = power(experts), pooling == 2
     # A weight read for every row costs more than the row itself once it has few slots or there are many experts.
     dot = not attention and (experts > 16 or (slots <= 4 and rows >= 128))
-    block_w = min(power(width), WHOLE_SLOT)
+    block_w = power(width) if width <= WHOLE_SLOT else 2048
     block_a = max(1, min(power(slots), POOL_TILE // block_w))
     if dot:
         block_k = max(16, block_k)
-        block_b = 64 if rows >= 4096 and block_k <= 64 else 32 if rows >= 1024 else 16
-        block_d, block_s, warps = (64 if low else 32), 1, 8 if block_k >= 128 else 4
+        # Each program reads the whole weight: the more rows share it the better, while there are enough programs and
+        # the routed values of a thread leave registers for the product. The limits are those without spills.
+        wide = low and capability(hiddens.device) >= 90
+        most = 16 if backward else min(64, (8192 if wide else 4096) // block_k)
+        block_b = min(most, max(16, power(rows // sm_count(hiddens.device)) // 2))
+        block_d, block_s = 64 if low else 32 if backward else 16, 1
+        warps = min(8, max(4, block_b * block_k // (256 if backward else 512)))
+        if backward and block_k == 256:
+            warps = 4
     else:
         block_b = 1
         block_d = max(16, min(power(width), 256, PROJECT_TILE // block_k))
@@ -86,7 +93,7 @@ class WeightConfig:
 
 def weight_config(hiddens: Tensor, experts: int) -> WeightConfig:
     rows, _, width = hiddens.shape
-    block_k = min(64, max(16, power(experts)))
+    block_k = min(32, max(16, power(experts)))
     block_d, block_r = 64, 32
     tiles = max(1, triton.cdiv(width, block_d) * triton.cdiv(experts, block_k))
     splits = max(1, min(triton.cdiv(rows, 4 * block_r), 2 * sm_count(hiddens.device) // tiles))

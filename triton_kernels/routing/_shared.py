@@ -97,10 +97,11 @@ def load_terms(p, counted, columns, terms, block, K, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def write_loss(terms, first, count, K, loss, loss_weights, BLOCK_K: tl.constexpr):
+    TILE: tl.constexpr = 8 if BLOCK_K <= 256 else 1
     k = tl.arange(0, BLOCK_K)
     stride = 2 * K + 1
-    counts = sum_terms(terms, first, count, stride, k, K, 8, BLOCK_K)
-    mass = sum_terms(terms + K, first, count, stride, k, K, 8, BLOCK_K)
+    counts = sum_terms(terms, first, count, stride, k, K, TILE, BLOCK_K)
+    mass = sum_terms(terms + K, first, count, stride, k, K, TILE, BLOCK_K)
     rows = tl.maximum(tl.sum(sum_terms(terms + 2 * K, first, count, stride, tl.arange(0, 1), 1, 64, 1), 0), 1.0)
     share = counts / rows
     tl.store(loss, K * tl.sum(share * (mass / rows), 0))
@@ -113,6 +114,7 @@ def finish_loss(
     terms, groups, ticket, block, blocks, K, loss, loss_weights, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """After :func:`load_terms`: the last program of all writes the loss."""
+    TILE: tl.constexpr = 8 if BLOCK_K <= 256 else 1
     group = block // GROUP
     first = group * GROUP
     members = tl.minimum(GROUP, blocks - first)
@@ -125,7 +127,7 @@ def finish_loss(
             k = tl.arange(0, BLOCK_K)
             own = groups + group.to(tl.int64) * stride
             for part in tl.static_range(2):
-                total = sum_terms(terms + part * K, first, members, stride, k, K, 8, BLOCK_K)
+                total = sum_terms(terms + part * K, first, members, stride, k, K, TILE, BLOCK_K)
                 tl.store(own + part * K + k, total, mask=k < K)
             rows = sum_terms(terms + 2 * K, first, members, stride, tl.arange(0, 1), 1, 64, 1)
             tl.store(own + 2 * K + tl.arange(0, 1), rows)
@@ -135,9 +137,10 @@ def finish_loss(
 
 @triton.jit
 def write_sums(terms, first, count, K, stride, bias, temperature, BLOCK_K: tl.constexpr):
+    TILE: tl.constexpr = 8 if BLOCK_K <= 256 else 1
     k = tl.arange(0, BLOCK_K)
     if bias is not None:
-        tl.store(bias + k, sum_terms(terms, first, count, stride, k, K, 8, BLOCK_K), mask=k < K)
+        tl.store(bias + k, sum_terms(terms, first, count, stride, k, K, TILE, BLOCK_K), mask=k < K)
     if temperature is not None:
         one = tl.arange(0, 1)
         tl.store(temperature + one, sum_terms(terms + K, first, count, stride, one, 1, 64, 1))

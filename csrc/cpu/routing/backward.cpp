@@ -212,12 +212,16 @@ void weight_tile(const SavedPools<T, A>& pools, const A* d_raw, int64_t rows, in
   constexpr int N = Vec<A>::N, kVecs = 4;
   constexpr int64_t kBlock = 256;
   Vec<A> total[E][kVecs];
+#pragma GCC unroll 8
   for (int e = 0; e < E; ++e) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) total[e][v] = Vec<A>(A(0));
   }
   for (int64_t block = 0; block < rows; block += kBlock) {
     Vec<A> sum[E][kVecs];
+#pragma GCC unroll 8
     for (int e = 0; e < E; ++e) {
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) sum[e][v] = Vec<A>(A(0));
     }
     const int64_t end = std::min(rows, block + kBlock);
@@ -226,22 +230,30 @@ void weight_tile(const SavedPools<T, A>& pools, const A* d_raw, int64_t rows, in
       const A* g = d_raw + row * experts + k;
       Vec<A> part[kVecs];
       if (columns == kVecs * N) {
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) part[v] = load(x + v * N);
       } else {
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) {
           const int64_t left = std::min<int64_t>(N, std::max<int64_t>(0, columns - v * N));
           part[v] = load_n(x + (left > 0 ? v * N : 0), left);
         }
       }
+#pragma GCC unroll 8
       for (int e = 0; e < E; ++e) {
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) sum[e][v] = fma(Vec<A>(g[e]), part[v], sum[e][v]);
       }
     }
+#pragma GCC unroll 8
     for (int e = 0; e < E; ++e) {
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) total[e][v] += sum[e][v];
     }
   }
+#pragma GCC unroll 8
   for (int e = 0; e < E; ++e) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs && v * N < columns; ++v) {
       store_n(to + (k + e) * width + column + v * N, total[e][v], std::min<int64_t>(N, columns - v * N));
     }

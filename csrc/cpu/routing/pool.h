@@ -30,17 +30,25 @@ struct Slots {
   int64_t count = 0;
 };
 
+// The sum of N slots as a tree; recursion, because gcc leaves a loop over an array of vectors on the stack.
+template <int N, class T, class C>
+MK_INLINE Vec<acc_t<T>> slot_sum(const T* const* at, int64_t d, C count) {
+  if constexpr (N == 1) {
+    return load_part(at[0] + d, count);
+  } else {
+    return slot_sum<N / 2>(at, d, count) + slot_sum<N - N / 2>(at + N / 2, d, count);
+  }
+}
+
 // to = (add ? to : 0) + the sum of N slots, times scale.
 template <int N, bool add, class T, class A>
-MK_INLINE void sum_slots(const T* const* at, int64_t width, A scale, A* to) {
+MK_INLINE void sum_slots(const T* const* slots, int64_t width, A scale, A* to) {
+  const T* at[N];
+  std::copy_n(slots, N, at);
   for_each_vec<A>(width, [&](int64_t d, auto count) {
-    Vec<A> part[N];
-    for (int j = 0; j < N; ++j) part[j] = load_part(at[j] + d, count);
-    for (int step = 1; step < N; step *= 2) {
-      for (int j = 0; j + step < N; j += 2 * step) part[j] += part[j + step];
-    }
-    if constexpr (add) part[0] += load_part(to + d, count);
-    store_part(to + d, part[0] * Vec<A>(scale), count);
+    Vec<A> sum = slot_sum<N>(at, d, count);
+    if constexpr (add) sum += load_part(to + d, count);
+    store_part(to + d, sum * Vec<A>(scale), count);
   });
 }
 
@@ -185,18 +193,25 @@ bool is_zero_row(const A* x, int64_t width) {
 template <int R, int E, class A>
 MK_INLINE void dot_tile(const A* const* x, const A* w, int64_t width, A* out, int64_t out_stride) {
   Vec<A> sums[R][E];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int e = 0; e < E; ++e) sums[r][e] = Vec<A>(A(0));
   }
   for_each_vec<A>(width, [&](int64_t d, auto count) {
     Vec<A> row[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) row[r] = load_part(x[r] + d, count);
+#pragma GCC unroll 8
     for (int e = 0; e < E; ++e) {
       const Vec<A> column = load_part(w + e * width + d, count);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[r][e] = fma(row[r], column, sums[r][e]);
     }
   });
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int e = 0; e < E; ++e) out[r * out_stride + e] = reduce_sum(sums[r][e]);
   }
 }
