@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ from torch import Tensor
 
 from memkern.ops.cosine_topk import cosine_topk, inverse_norms
 from memkern.store import persistence
+from memkern.store._arguments import Filter, aligned, matcher, one_of, token_list
 from memkern.store.locks import ReadWriteLock
 from memkern.store.records import Chunk, Hit, UsedIds
 from memkern.store.ring import Ring
-
-Filter = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METHODS = ("cosine", "dot", "learned")
@@ -61,9 +60,9 @@ class MemoryStore:
                 raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        _one_of("dtype", dtype, DTYPES)
-        _one_of("retrieval_method", retrieval_method, METHODS)
-        _one_of("eviction", eviction, EVICTIONS)
+        one_of("dtype", dtype, DTYPES)
+        one_of("retrieval_method", retrieval_method, METHODS)
+        one_of("eviction", eviction, EVICTIONS)
         self.d_model, self.max_chunks, self.dtype = d_model, max_chunks, dtype
         self.retrieval_method, self.index, self.eviction = retrieval_method, index, eviction
         self.device = torch.device(device)
@@ -126,8 +125,8 @@ class MemoryStore:
         """
         chunks = list(chunks)
         rows = self._embeddings("embeddings", embeddings, len(chunks))
-        metas = _aligned("metas", metas, len(chunks))
-        tokens = [_token_list(t) for t in _aligned("token_ids", token_ids, len(chunks))]
+        metas = aligned("metas", metas, len(chunks))
+        tokens = [token_list(t) for t in aligned("token_ids", token_ids, len(chunks))]
         for text in chunks:
             if not isinstance(text, str):
                 raise TypeError(f"chunks: expected texts, got {type(text).__name__} {text!r}")
@@ -171,7 +170,7 @@ class MemoryStore:
             KeyError: no such id. ValueError: a bad embedding. The store is then as it was.
         """
         row = None if embedding is None else self._embeddings("embedding", torch.as_tensor(embedding)[None], 1)
-        tokens = _token_list(token_ids)
+        tokens = token_list(token_ids)
         with self._lock.write():
             slot = self._slot(id)
             if row is not None:
@@ -320,7 +319,7 @@ class MemoryStore:
         """(capacity,) bool of the slots that may be found; None when all of the window may."""
         if filter is None:
             return self._ring.live if self._ring.holes else None
-        keep = filter if callable(filter) else _matcher(filter)
+        keep = filter if callable(filter) else matcher(filter)
         chosen = [slot for slot in self._ring.rows() if keep(dict(self._ring.metadata[slot] or {}))]
         mask = torch.zeros(self._ring.capacity, dtype=torch.bool)
         mask[torch.tensor(chosen, dtype=torch.int64)] = True
@@ -575,39 +574,3 @@ class MemoryStore:
                 raise ValueError(f"ids: {id} was used before; ids are never reused")
             seen.add(id)
         return given
-
-
-def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
-
-
-def _aligned(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
-    """``values`` as a list of ``count``, Nones by default."""
-    if values is None:
-        return [None] * count
-    listed = list(values)
-    if len(listed) != count:
-        raise ValueError(f"{name}: expected {count}, got {len(listed)}")
-    return listed
-
-
-def _token_list(tokens: Sequence[int] | Tensor | None) -> list[int] | None:
-    if tokens is None:
-        return None
-    return [int(t) for t in (tokens.tolist() if isinstance(tokens, Tensor) else tokens)]
-
-
-def _matcher(wanted: Mapping[str, Any]) -> Callable[[dict[str, Any]], bool]:
-    def matches(metadata: dict[str, Any]) -> bool:
-        for key, value in wanted.items():
-            if key not in metadata:
-                return False
-            if isinstance(value, list | tuple | set | frozenset):
-                if metadata[key] not in value:
-                    return False
-            elif metadata[key] != value:
-                return False
-        return True
-
-    return matches
