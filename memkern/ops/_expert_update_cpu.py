@@ -4,13 +4,15 @@ Products of (B, K, S, D) states are made expert by expert, on rows gathered into
 the concatenation [M;h] is never made. They run in bfloat16 when states, hiddens and weights all are bfloat16, else in
 float32 (float64 for float64).
 
-Forward makes a product for the hiddens and one for the states; the kernel adds them. ``torch.mm`` takes weights of any
-strides and writes where it is told: the hiddens' half for all experts is one product per weight, made in the tensors
-that are kept for backward if they have its dtype. oneDNN in float32 needs contiguous weights and makes its own outputs:
-both halves of an expert's two weights are copied to a workspace. It is used where it is faster by more than that costs.
+BLAS (MKL) in float32 and float64: an expert's rows and the hiddens lie side by side in a workspace of (R, 2D), so that
+a weight takes part in one product in forward and in two in backward, whole, contiguous and never copied; d_hiddens
+grows expert by expert. Operands whose rows lie K D apart would fall into the same sets of the cache.
 
-Backward: the gradients of the pre-activations lie as (R, K, 2, D), so that an expert's gate and update are one product
-to d_states, and d_hiddens is one product over all experts: a sum in float32 that is rounded once, in a fixed order.
+Low precision makes a product for the hiddens and one for the states; the kernel adds them. The hiddens' half for all
+experts is one product per weight, made in the tensors that are kept for backward if they have its dtype; d_hiddens is
+one product over all experts: a sum in float32 that is rounded once, in a fixed order. oneDNN in float32 needs
+contiguous weights and makes its own outputs: both halves of an expert's two weights are copied to a workspace. It is
+used where it is faster by more than that costs.
 """
 
 from __future__ import annotations
@@ -89,6 +91,20 @@ def update_experts_fwd(
     step = max(1, BLOCK_ELEMENTS // (slots * width))
     weights = tuple(w.to(dtype).contiguous() for w in (gate_weight, update_weight))
     rows = min(step, batch) * slots
+    if not onednn and dtype != torch.bfloat16:
+        both, products = x.new_empty((rows, 2 * width)), x.new_empty((2, rows, width))
+        for first in range(0, batch, step):
+            last = min(batch, first + step)
+            part = _beside(both, x[first * slots : last * slots])
+            made = products[:, : part.shape[0]]
+            for expert in range(experts):
+                part.view(last - first, slots, 2 * width)[..., :width].copy_(states[first:last, expert])
+                for product, weight in zip(made, weights, strict=True):
+                    torch.mm(part, weight[expert].t(), out=product)
+                torch.ops.memkern.expert_mix_forward(
+                    out, *made.unsqueeze(2), None, None, states, p, *biases, mask, *saved, first, expert
+                )
+        return out, gates, updates
     gathered = x.new_empty((rows, width))
     mix = torch.ops.memkern.expert_mix_forward
 
@@ -130,6 +146,60 @@ def update_experts_fwd(
             halves = (*(t[:, expert, None] for t in both), *own[:, : end - begin, None])
             mix(out, *halves, states, p, *biases, mask, *saved, first, expert)
     return out, gates, updates
+
+
+def _beside(both: Tensor, x: Tensor) -> Tensor:
+    """As many rows of ``both`` (R, 2D) as ``x`` (n, D) has, with ``x`` in their second half."""
+    part = both[: x.shape[0]]
+    part[:, x.shape[1] :].copy_(x)
+    return part
+
+
+def _backward_by_blas(
+    d_products: Tensor,
+    grad: Tensor,
+    states: Tensor,
+    x: Tensor | None,
+    probs: Tensor,
+    gates: Tensor,
+    mask: Tensor | None,
+    weights: list[Tensor],
+    d_states: Tensor | None,
+    d_weights: list[Tensor],
+    need_hiddens: bool,
+) -> Tensor:
+    """Fill ``d_states`` and, given the rows of the hiddens ``x``, ``d_weights``; the result is d_hiddens (R, D)."""
+    batch, experts, slots, width = states.shape
+    rows = batch * slots
+    d, through = d_products.new_empty((2, rows, width)), d_products.new_empty((rows, 2 * width))
+    d_hiddens = d_products.new_zeros((rows if need_hiddens else 0, width))
+    # The columns of the weights that are asked for: those of the states, of the hiddens, or both.
+    columns = slice(0 if d_states is not None else width, 2 * width if need_hiddens else width)
+    onto = through[:, columns]
+    both = None if x is None else _beside(torch.empty_like(through), x)
+    exact = [w if w.dtype == d.dtype else w.new_empty(w.shape, dtype=d.dtype) for w in d_weights]
+    for expert in range(experts):
+        d.copy_(d_products[:, expert].transpose(0, 1))
+        if d_states is not None or need_hiddens:
+            torch.mm(d[0], weights[0][expert][:, columns], out=onto)
+            torch.addmm(onto, d[1], weights[1][expert][:, columns], out=onto)
+            if d_states is not None:
+                own = through[:, :width].contiguous()
+                torch.ops.memkern.expert_mix_states(d_states, grad, probs, gates, own, mask, expert)
+            if need_hiddens:
+                d_hiddens += through[:, width:]
+        if both is not None:
+            into = both.view(batch, slots, 2 * width)[..., :width]
+            into.copy_(states[:, expert])
+            if mask is not None:
+                into.masked_fill_(~mask[:, None, None], 0.0)
+            for half, d_weight in enumerate(exact):
+                torch.mm(d[half].t(), both, out=d_weight[expert])
+    if both is not None:
+        for d_weight, precise in zip(d_weights, exact, strict=True):
+            if d_weight is not precise:
+                d_weight.copy_(precise)
+    return d_hiddens
 
 
 def update_experts_bwd(
@@ -174,6 +244,24 @@ def update_experts_bwd(
         grad, states, p, gates, updates, mask,
     )  # fmt: skip
     onednn = by_onednn(d_products, rows)
+    if not onednn and dtype != torch.bfloat16:
+        x = _hiddens_rows(hiddens, dtype, row_mask) if need_params else None
+        weights = [w.to(dtype).contiguous() for w in (gate_weight, update_weight)]
+        found = _backward_by_blas(
+            d_products,
+            grad,
+            states,
+            x,
+            p,
+            gates,
+            mask,
+            weights,
+            d_states if need_states else None,
+            d_weights,
+            need_hiddens,
+        )
+        d_hiddens = found.view(hiddens.shape).to(hiddens.dtype) if need_hiddens else hiddens.new_empty((0,))
+        return d_states, d_hiddens, d_probs, d_weights[0], d_biases[0], d_weights[1], d_biases[1]
 
     def through(d: Tensor, weight: Tensor) -> Tensor:
         """(n, k) @ (k, m) with a contiguous ``weight``."""
