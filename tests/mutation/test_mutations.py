@@ -31,6 +31,7 @@ class Mutation:
 ROUTING = "tests/ops/test_routing.py"
 EXPERTS = "tests/ops/test_expert_update.py"
 RETRIEVAL = "tests/ops/test_retrieval.py"
+MEMORY, MEMORY_PARTS = "tests/ops/test_memory.py", "tests/ops/test_memory_parts.py"
 MUTATIONS = [
     Mutation(
         "a row that pooled to zero is no longer uniform",
@@ -127,6 +128,52 @@ MUTATIONS = [
         "match.to(torch.uint8).argmax(-1)",
         "(match.to(torch.uint8) * torch.arange(1, 1 + match.shape[-1], dtype=torch.uint8)).argmax(-1)",
         "tests/ops/test_expert_update_slots.py::test_scatter_by_hand",
+    ),
+    Mutation(
+        "allocation breaks ties by the highest slot",
+        "memkern/reference/memory.py",
+        "order = torch.argsort(entered.detach(), dim=-1, stable=True)",
+        "order = u.shape[-1] - 1 - torch.argsort(entered.detach().flip(-1), dim=-1, stable=True)",
+        f"{MEMORY_PARTS}::test_allocation_breaks_ties_by_the_lowest_slot",
+    ),
+    Mutation(
+        "links take the new precedence",
+        "memkern/reference/memory.py",
+        "return updated.masked_fill(diagonal, 0.0).to(links.dtype), followed.to(links.dtype)",
+        "return update_links_from(links, followed, w, diagonal), followed.to(links.dtype)\n\n\n"
+        "def update_links_from(links, p, w, diagonal):\n"
+        "    kept = (1 - w[..., :, None] - w[..., None, :]).clamp(min=0)\n"
+        "    return (kept * links + w[..., :, None] * p[..., None, :]).masked_fill(diagonal, 0.0).to(links.dtype)",
+        f"{MEMORY_PARTS}::test_golden_numbers",
+    ),
+    Mutation(
+        "a masked row of the memory is written all the same",
+        "memkern/reference/memory.py",
+        "new = MemoryState(*(_where(step_mask, now, then) for now, then in zip(new, given, strict=True)))",
+        "pass",
+        f"{MEMORY}::test_masked_rows_keep_their_state_bit_for_bit",
+    ),
+    Mutation(
+        "detaching the usage detaches the free gates too",
+        "memkern/reference/memory.py",
+        "        written = written.detach()\n",
+        "        written, read_weights = written.detach(), read_weights.detach()\n",
+        f"{MEMORY}::test_detach_usage_stops_the_write_weights_alone",
+    ),
+    Mutation(
+        "a scan keeps no step mask for its segments",
+        "memkern/reference/memory.py",
+        "mask = None if step_mask is None else step_mask[:, t]",
+        "mask = None if step_mask is None else step_mask[:, 0]",
+        f"{MEMORY}::test_scan_equals_steps",
+    ),
+    Mutation(
+        "the double backward of the memory differentiates the raw operator",
+        "memkern/ops/memory/recurrence.py",
+        "        if torch.is_grad_enabled():\n            # Only under create_graph",
+        "        if False:\n            # Only under create_graph",
+        "tests/ops/test_memory_transforms.py::test_double_backward",
+        "cpp",
     ),
 ]
 

@@ -162,11 +162,34 @@ def recall_self_rag(stage: Stage) -> None:
     job.show(stage.out, recall.to_dict(), stage.folder, "recall-self-rag")
 
 
+def memory(stage: Stage) -> None:
+    """A Differentiable Neural Computer learns to recall by association; the same steps in plain PyTorch, timed."""
+    from rich.progress import Progress
+
+    from memkern.cli.demo import memory as job
+
+    stage.out.print("pairs of a key and a value are shown, then a key: its value has to come out")
+    with Progress(console=stage.out, transient=True) as progress:
+        task = progress.add_task("recall", total=None)
+        run = job.train(
+            "recall",
+            seconds=stage.seconds,
+            progress=lambda step, error: progress.update(task, description=f"step {step}, {error:.1%} wrong"),
+        )
+    plain = job.train("recall", seconds=stage.seconds / 4, most_steps=10, plain=True)
+    stage.out.print(
+        f"{run.errors[-1] if run.errors else 0.5:.1%} of the bits wrong after {len(run.losses)} steps and "
+        f"{run.seconds:.0f} s (0.5 is chance); a step of plain PyTorch takes "
+        f"{plain.seconds_per_step / run.seconds_per_step:.1f} times as long"
+    )
+
+
 STEPS: dict[str, Step] = {
     "machine": Step("what this machine has", machine),
     "validate": Step("are the operators right here?", validate),
     "bench": Step("routing against plain PyTorch and torch.compile", bench),
     "routing": Step("routing real text: the Python documentation", routing),
+    "memory": Step("a memory that learns to recall", memory),
     "search": Step("exact search in the Python documentation", search),
     "recall-gmm": Step("facts carried across segments by memory", recall_gmm),
     "recall-self-rag": Step("facts retrieved from every position", recall_self_rag),

@@ -39,6 +39,54 @@ def check_state(state: Any) -> tuple[int, int, int, int, int]:
     return batch, slots, width, read_heads, write_heads
 
 
+def plainly_fine(
+    state: Any, interface: Any, *, scan: bool
+) -> tuple[tuple[int, ...], tuple[int, int, int, int, int]] | None:
+    """The frequent case in few comparisons: float32 tensors that fit. Returns (B,) or (B, T), and (B, N, W, R, H).
+
+    None means: look closer, with the messages of the other checks.
+    """
+    if type(state) is not MemoryState or type(interface) is not MemoryInterface:
+        return None
+    memory, keys = state.memory, interface.read_keys
+    for value in (memory, state.read_weights, state.write_weights, keys):
+        if type(value) not in _checks._PLAIN or value.dim() < 3:
+            return None
+    batch, slots, width = memory.shape[:3]
+    reads, writes = state.read_weights.shape[1], state.write_weights.shape[1]
+    lead = (batch, keys.shape[1]) if scan else (batch,)
+    if not (slots and width and reads and writes):
+        return None
+    device, vectors = memory.device, (*lead, writes, width)
+    expected = (
+        (batch, slots, width),
+        (batch, slots),
+        (batch, writes, slots, slots),
+        (batch, writes, slots),
+        (batch, reads, slots),
+        (batch, writes, slots),
+        (*lead, reads, width),
+        (*lead, reads),
+        (*lead, reads, 1 + 2 * writes),
+        vectors,
+        (*lead, writes),
+        vectors,
+        vectors,
+        (*lead, reads),
+        (*lead, writes),
+        (*lead, writes),
+    )
+    for value, shape in zip((*state, *interface), expected, strict=True):
+        if (
+            type(value) not in _checks._PLAIN
+            or value.dtype is not torch.float32
+            or value.shape != shape
+            or value.device != device
+        ):
+            return None
+    return lead, (batch, slots, width, reads, writes)
+
+
 def check_interface(
     interface: Any, sizes: tuple[int, int, int, int, int], like: Tensor, *, scan: bool
 ) -> tuple[int, ...]:

@@ -181,8 +181,12 @@ def _recur(
     backend: str | None,
 ) -> tuple[Tensor, MemoryState]:
     scan = op == "memory_scan"
-    sizes = _arguments.check_state(state)
-    lead = _arguments.check_interface(interface, sizes, state.memory, scan=scan)
+    fine = _arguments.plainly_fine(state, interface, scan=scan)
+    if fine is None:
+        sizes = _arguments.check_state(state)
+        lead = _arguments.check_interface(interface, sizes, state.memory, scan=scan)
+    else:
+        lead, sizes = fine
     _arguments.check_step_mask(step_mask, lead, state.memory)
     exponent = _arguments.check_sharpness(sharpness, lead, sizes[3], state.memory)
     for name, flag in zip(("track_usage", "track_links", "deallocate", "detach_usage"), flags, strict=True):
@@ -191,14 +195,19 @@ def _recur(
     if _checks.values_enabled():
         _arguments.check_values(state, interface, exponent, step_mask)
     tensor = exponent if isinstance(exponent, Tensor) else None
-    chosen = backends.select(op, backend, *state, *interface, tensor)
+    if fine is None:
+        chosen = backends.select(op, backend, *state, *interface, tensor)
+    else:
+        chosen = backends.select(op, backend, state.memory, tensor)
     steps = lead[1] if scan else 0
     if scan and every is None:
         every = reference.default_checkpoint_every(steps)
     if chosen == "reference" or needs_reference():
         return _reference(flags, every or 0, step_mask, exponent, (*state, *interface))
     dtype = compute_dtype(state.memory)
-    fields = tuple(field.to(dtype) for field in (*state, *interface))
+    fields: tuple[Tensor, ...] = (*state, *interface)
+    if fine is None:
+        fields = tuple(field.to(dtype) for field in fields)
     if scan and steps == 0:
         batch, _, heads, width = interface.read_keys.shape
         return interface.read_keys.new_zeros((batch, 0, heads, width)), MemoryState(*fields[:_STATE])
