@@ -30,7 +30,8 @@ def collate(items: Sequence[Item], pad_id: int, tokenizer: Any = None) -> RAGBat
 
     Args:
         items: ``input_ids`` a sequence of ints; ``context_chunks`` a list of token id lists, or of texts for the
-            tokenizer; ``positive`` the index of the chunk that answers, None or -1 for none; ``labels`` as long as
+            tokenizer; ``positive`` the chunk that answers, or its index, None or -1 for
+            none; ``labels`` as long as
             ``input_ids``, by default the inputs themselves.
 
     Raises:
@@ -43,8 +44,7 @@ def collate(items: Sequence[Item], pad_id: int, tokenizer: Any = None) -> RAGBat
         if len(wanted) != len(ids):
             raise ValueError(f"labels: expected {len(ids)} as input_ids has, got {len(wanted)}")
         context = [_chunk(chunk, tokenizer) for chunk in item.get("context_chunks") or []]
-        positive = item.get("positive")
-        positive = -1 if positive is None else int(positive)
+        positive = _place(item.get("positive"), context, tokenizer)
         if not -1 <= positive < len(context):
             raise ValueError(f"positive: expected -1 or an index below {len(context)}, got {positive}")
         rows.append(torch.tensor(ids, dtype=torch.int64))
@@ -113,6 +113,18 @@ def recall_items(count: int, facts: int, seed: int, tokenizer: Any = None) -> li
             }
         )
     return items
+
+
+def _place(positive: Any, context: list[list[int]], tokenizer: Any) -> int:
+    """Index of the positive in the context; a chunk that is not there is put at its end."""
+    if positive is None:
+        return -1
+    if isinstance(positive, int) or (isinstance(positive, Tensor) and positive.dim() == 0):
+        return int(positive)
+    chunk = _chunk(positive, tokenizer)
+    if chunk not in context:
+        context.append(chunk)
+    return context.index(chunk)
 
 
 def _chunk(chunk: Any, tokenizer: Any) -> list[int]:

@@ -316,7 +316,8 @@ class TestSaving:
     def test_a_given_backbone_keeps_its_weights_and_its_keys(self):
         backbone = AutoModelForCausalLM.from_config(text_config("llama"))
         before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-        model = HybridTransformerModel(HybridTransformerConfig(memory_slots=4), base_model=backbone)
+        model = HybridTransformerModel(HybridTransformerConfig(), base_model=backbone)
+        assert model.config.memory_slots == 1  # a 128th of this backbone's width, not of the default's
         assert model.config.text_config.vocab_size == VOCABULARY
         after = backbone.state_dict()
         assert list(after) == list(before)

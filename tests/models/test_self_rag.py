@@ -393,6 +393,28 @@ class TestForward:
         if method == "learned":
             assert model.score.weight.grad.abs().sum() > 0
 
+    def test_masked_documents_count_in_no_loss(self):
+        model = built(dropout=0.0, attention_dropout=0.0)
+        stored = filled(model)
+        ids = tokens(2, 5)
+        positives = torch.tensor([stored[0], stored[1]])
+        mask = torch.tensor([True, False])
+        both = model(ids, labels=ids, positive_ids=positives, document_mask=mask)
+        alone = model(ids[:1], labels=ids[:1], positive_ids=positives[:1])
+        torch.testing.assert_close(both.lm_loss, alone.lm_loss)
+        torch.testing.assert_close(both.contrastive_loss, alone.contrastive_loss)
+
+    def test_the_configured_backend_serves_every_search(self):
+        from memkern.backends import BackendUnavailable
+
+        model = built(memory_backend="reference")
+        filled(model)
+        assert model(tokens(1, 3), return_retrieved=True).retrieved[0]
+        model.config.memory_backend = "cuda"
+        if not torch.cuda.is_available():
+            with pytest.raises(BackendUnavailable):
+                model(tokens(1, 3))
+
     def test_an_unknown_positive_is_named(self):
         model = built()
         filled(model)

@@ -205,6 +205,15 @@ def test_the_order_of_the_data_follows_from_the_number_of_draws():
     assert [next(late) for _ in range(6)] == first[7:]
 
 
+def test_a_positive_may_be_given_as_the_chunk():
+    item = {"input_ids": [1, 2], "context_chunks": [[3, 4], [5, 6]]}
+    assert collate([{**item, "positive": [5, 6]}], 0).positives == [1]
+    added = collate([{**item, "positive": torch.tensor([7])}], 0)
+    assert added.positives == [2]
+    assert added.chunks[0][2] == [7]
+    assert collate([item, {**item, "positive": -1}], 0).positives == [-1, -1]
+
+
 def test_tensorboard_curves(tmp_path):
     pytest.importorskip("tensorboard")
     RAGTrainer(model(), config(tmp_path, tensorboard=True, save_steps=0), items()).train()

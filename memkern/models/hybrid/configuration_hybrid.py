@@ -16,7 +16,7 @@ class HybridTransformerConfig(PreTrainedConfig):
     Args:
         text_config: the backbone's configuration, or its dictionary; a small default Llama when None.
         use_internal_memory: a fast-weight bank in every layer.
-        memory_slots: its width S; by default an S-th of 128 of the hidden size, at least 1.
+        memory_slots: its width S; by default the hidden size / 128, at least 1.
         num_mem_heads: kept for earlier files; the bank has no heads.
         use_external_memory: retrieval from a bank of chunks in some layers.
         external_memory_size: tokens that the bank holds; the oldest chunks make room.
@@ -77,7 +77,7 @@ class HybridTransformerConfig(PreTrainedConfig):
             )
         self.text_config = text_config
         inner = text_config.get_text_config()
-        slots = max(1, inner.hidden_size // 128) if memory_slots is None else memory_slots
+        slots = _default_slots(text_config) if memory_slots is None else memory_slots
         self.use_internal_memory, self.memory_slots = use_internal_memory, slots
         self.num_mem_heads = max(1, slots // 4) if num_mem_heads is None else num_mem_heads
         self.use_external_memory, self.external_memory_size = use_external_memory, external_memory_size
@@ -123,6 +123,14 @@ class HybridTransformerConfig(PreTrainedConfig):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
+    def set_text_config(self, text_config: PreTrainedConfig) -> None:
+        """Take another backbone's configuration; a memory size that followed from the old one follows from the new."""
+        if self.memory_slots == _default_slots(self.text_config):
+            self.memory_slots = _default_slots(text_config)
+        self.text_config = text_config
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"):
+            setattr(self, name, getattr(text_config.get_text_config(), name, None))
+
     def get_retrieval_layers(self) -> list[int]:
         """The layers that retrieve: floor(i L / n) for i < n, or none without an external memory."""
         if not self.use_external_memory:
@@ -138,3 +146,7 @@ class HybridTransformerConfig(PreTrainedConfig):
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             config_dict = {"text_config": dict(config_dict)}
         return super().from_dict(config_dict, **kwargs)
+
+
+def _default_slots(text_config: PreTrainedConfig) -> int:
+    return max(1, text_config.get_text_config().hidden_size // 128)

@@ -32,9 +32,16 @@ class ExternalMemoryBank:
         config: sizes.
         model: what turns texts into states, for :meth:`add`; the model sets itself.
         tokenizer: what turns texts into tokens, for :meth:`add`.
+        embedding_layer_path: of earlier files; without effect: texts are stored as the model's own states.
     """
 
-    def __init__(self, config: HybridTransformerConfig, model: Any = None, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        config: HybridTransformerConfig,
+        model: Any = None,
+        tokenizer: Any = None,
+        embedding_layer_path: str | None = None,
+    ) -> None:
         inner = config.text_config.get_text_config()
         self.heads = inner.num_attention_heads
         if inner.hidden_size % self.heads:

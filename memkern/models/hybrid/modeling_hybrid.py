@@ -57,7 +57,7 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
         self, config: HybridTransformerConfig, tokenizer: Any = None, base_model: PreTrainedModel | None = None
     ) -> None:
         if base_model is not None:
-            config.text_config = base_model.config
+            config.set_text_config(base_model.config)
         super().__init__(config)
         self.loss_type = "ForCausalLM"
         if base_model is None:

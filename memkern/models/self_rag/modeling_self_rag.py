@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from memkern.backends import use_backend
 from memkern.models._compat import CACHE, DictOutput, init
 from memkern.models._losses import shifted_cross_entropy
 from memkern.models.self_rag.augmentation import Augmented, augment_rows
@@ -286,7 +288,9 @@ class SelfRAGModel(SelfRAGPreTrainedModel):
         for i, row in zip(missing, fresh, strict=True):
             rows[i] = row
             self.embedding_cache.put(tokens[i], row)
-        return self.memory.add_batch(texts, torch.stack([r for r in rows if r is not None]), metas, token_ids=tokens)
+        embeddings = torch.stack([row for row in rows if row is not None])
+        with self._chosen_backend():
+            return self.memory.add_batch(texts, embeddings, metas, token_ids=tokens)
 
     def retrieve(
         self, query_emb: Tensor, top_k: int | None = None, *, groups: Sequence[Any] | None = None
@@ -301,9 +305,15 @@ class SelfRAGModel(SelfRAGPreTrainedModel):
         top_k = self.config.top_k if top_k is None else top_k
         self._sync_score()
         rows = query_emb.detach()
-        if groups is None:
+        if groups is not None:
+            return self._retrieve_grouped(rows, top_k, list(groups))
+        with self._chosen_backend():
             return self.memory.search(rows, top_k) if rows.dim() == 1 else self.memory.search_batched(rows, top_k)
-        return self._retrieve_grouped(rows, top_k, list(groups))
+
+    def _chosen_backend(self) -> AbstractContextManager[Any]:
+        """The configured backend for what the store runs; without one, whatever is chosen for all."""
+        name = self.config.memory_backend
+        return nullcontext() if name is None else use_backend(name)
 
     def _sync_score(self) -> None:
         """The store scores by the matrix as it is now."""
@@ -398,6 +408,7 @@ class SelfRAGModel(SelfRAGPreTrainedModel):
         *,
         retrieved: Retrieved | None = None,
         memory_groups: Sequence[Any] | None = None,
+        document_mask: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -415,12 +426,18 @@ class SelfRAGModel(SelfRAGPreTrainedModel):
             return_retrieved: put the hits into ``retrieved``.
             retrieved: B lists of chunks to read instead of searching.
             memory_groups: B values; a row meets only chunks of its group (see :meth:`retrieve`).
+            document_mask: (B,) bool; a False row counts in no loss.
             num_items_in_batch: labels in all accumulated micro-batches, as transformers' Trainer counts them.
             return_dict: False gives the tuple of what is present.
 
         Returns:
             SelfRAGOutput; ``logits`` (B, T', V) over the augmented sequence.
         """
+        if document_mask is not None:
+            if document_mask.shape != (input_ids.shape[0],):
+                raise ValueError(f"document_mask: expected ({input_ids.shape[0]},), got {list(document_mask.shape)}")
+            labels = None if labels is None else torch.where(document_mask[:, None], labels, -100)
+            positive_ids = None if positive_ids is None else torch.where(document_mask, positive_ids, -1)
         contrast = positive_ids is not None and use_memory and len(self.memory) > 0
         weight: Any = self.config.contrastive_weight
         query = None
