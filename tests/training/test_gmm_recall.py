@@ -75,6 +75,20 @@ def test_every_arm_runs_and_sees_only_what_it_should(arm: str) -> None:
     assert [a.trials for a in evaluate(model, questions, ARMS[arm].state)] == [6]
 
 
+def test_training_documents_never_have_the_fact_too_far_away() -> None:
+    task = pointer_task(tiny())
+    for lead in (0, 1, 2):
+        questions = task.draw(200, 3, lead, 7)
+        assert questions.segments == 3 + lead
+        assert set(questions.distance.tolist()) == {0, 1, 2}
+    torch.manual_seed(0)
+    model = build("gmm", 29, 18, TINY)
+    questions = task.draw(4, 3, 2, 1)
+    whole, cut = (last_logits(model, questions, "carried", lead) for lead in (0, 2))
+    torch.testing.assert_close(whole[1], cut[1])
+    assert cut[0].start_logits.shape[1] == 3
+
+
 def test_reset_and_swapped_states() -> None:
     torch.manual_seed(0)
     model = build("gmm", 29, 18, TINY).eval()

@@ -32,6 +32,9 @@ class Arm:
     trained_as: str | None = None
 
 
+# At temperature 1 a fresh router spreads every write over all experts, a quarter each, and memory is slow to be learnt.
+_GMM: dict[str, Any] = {"routing_temperature": 0.2}
+
 ARMS: dict[str, Arm] = {
     "none": Arm("no memory"),
     "mems": Arm("native mems, one segment", state="mems"),
@@ -47,10 +50,10 @@ ARMS: dict[str, Arm] = {
             "enable_temporal_links": True,
         },
     ),
-    "gmm": Arm("GMM, 4 experts", model="gmm"),
+    "gmm": Arm("GMM, 4 experts", model="gmm", options=_GMM),
     "gmm-reset": Arm("GMM, state reset between segments", model="gmm", state="reset", trained_as="gmm"),
     "gmm-swapped": Arm("GMM, states swapped between documents", model="gmm", state="swapped", trained_as="gmm"),
-    "gmm-no-balance": Arm("GMM without load-balance loss", model="gmm", options={"load_balance_weight": 0.0}),
+    "gmm-no-balance": Arm("GMM without load-balance loss", model="gmm", options=_GMM | {"load_balance_weight": 0.0}),
 }
 
 

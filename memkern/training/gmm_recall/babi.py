@@ -34,7 +34,7 @@ def babi_task(folder: str | Path, number: int, most_segments: int) -> Task:
     test, _ = babi_segments(testing, vocabulary=words, candidates=places, seed=1)
     lengths = train.segment_mask.sum(1)
 
-    def draw(documents: int, segments: int, seed: int) -> SegmentedQuestions:
+    def draw(documents: int, segments: int, lead: int, seed: int) -> SegmentedQuestions:
         generator = torch.Generator().manual_seed(seed)
         fitting = (lengths <= min(segments, most_segments)).nonzero()[:, 0]
         if not len(fitting):

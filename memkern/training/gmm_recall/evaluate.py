@@ -21,7 +21,9 @@ class Accuracy:
     trials: int
 
 
-def last_logits(model: Any, questions: SegmentedQuestions, state: State = "carried") -> tuple[Any, Tensor, Tensor]:
+def last_logits(
+    model: Any, questions: SegmentedQuestions, state: State = "carried", lead: int = 0
+) -> tuple[Any, Tensor, Tensor]:
     """Run every segment and answer in the last.
 
     Args:
@@ -29,17 +31,19 @@ def last_logits(model: Any, questions: SegmentedQuestions, state: State = "carri
         questions: B documents of T segments that end together.
         state: "carried" from segment to segment; "mems", XLNet's own instead of a memory; "reset" before every
             segment; "swapped": before every segment each document takes over its neighbour's.
+        lead: "carried": no gradient flows through so many segments at the start.
 
     Returns:
         The model's output of all segments ("carried") or of the last, and (B, L) start and end logits of the last.
     """
     if state == "carried":
-        output = model(
-            questions.input_ids,
-            attention_mask=questions.attention_mask.float(),
-            document_mask=questions.segment_mask,
-            cls_index=_cls(questions).expand(-1, questions.segments),
-        )
+        before: Any = None
+        # Without memory nothing of the earlier segments can reach the last.
+        first = questions.segments - 1 if model.memory_type == "standard" else lead
+        if first and model.memory_type != "standard":
+            with torch.no_grad():
+                before = _run(model, questions, 0, first, None).new_memory_state
+        output = _run(model, questions, first, questions.segments, before)
         return output, output.start_logits[:, -1], output.end_logits[:, -1]
     carried: Any = None
     output = None
@@ -56,6 +60,17 @@ def last_logits(model: Any, questions: SegmentedQuestions, state: State = "carri
             carried = model.select_rows(carried, torch.arange(questions.documents).roll(1))
     assert output is not None
     return output, output.start_logits, output.end_logits
+
+
+def _run(model: Any, questions: SegmentedQuestions, first: int, end: int, state: Any) -> Any:
+    """Some segments of every document, with the memory carried."""
+    return model(
+        questions.input_ids[:, first:end],
+        attention_mask=questions.attention_mask[:, first:end].float(),
+        document_mask=questions.segment_mask[:, first:end],
+        cls_index=_cls(questions).expand(-1, end - first),
+        memory_state=state,
+    )
 
 
 def right_answers(questions: SegmentedQuestions, start: Tensor, end: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from memkern.data.generators import SegmentedQuestions, cross_segment_pointer
 from memkern.data.generators.pointer import pointer_vocabulary
 from memkern.training.gmm_recall.arms import ARMS, Sizes, build
 from memkern.training.gmm_recall.evaluate import evaluate, routing_use
-from memkern.training.gmm_recall.train import Curriculum, train
+from memkern.training.gmm_recall.train import Curriculum, Draw, train
 
 SEGMENT_LENGTH = 18
 # Test documents are drawn far from every seed that training uses.
@@ -36,7 +36,7 @@ class Protocol:
     curriculum: Curriculum = field(default_factory=Curriculum)
     sizes: Sizes = field(default_factory=Sizes)
     test_segments: int = 5
-    test_documents: int = 400
+    test_documents: int = 300
     """At each distance."""
     babi: str | None = None
     babi_task: int = 1
@@ -96,12 +96,19 @@ class Task:
     chance: float
     vocabulary: int
     segment_length: int
-    draw: Callable[[int, int, int], SegmentedQuestions]
+    draw: Draw
     test: Callable[[int], SegmentedQuestions]
 
 
 def pointer_task(protocol: Protocol) -> Task:
     """The cross-segment pointer of 8 values."""
+
+    def draw(documents: int, segments: int, lead: int, seed: int) -> SegmentedQuestions:
+        generator = torch.Generator().manual_seed(seed)
+        distances = torch.randint(segments, (documents,), generator=generator)
+        longest = torch.rand(documents, generator=generator) < protocol.curriculum.longest_share
+        distances[longest] = segments - 1
+        return cross_segment_pointer(documents, segments + lead, distance=distances, seed=seed)
 
     def test(seed: int) -> SegmentedQuestions:
         distances = torch.arange(protocol.test_segments).repeat_interleave(protocol.test_documents)
@@ -112,7 +119,7 @@ def pointer_task(protocol: Protocol) -> Task:
         chance=1 / 8,
         vocabulary=pointer_vocabulary(),
         segment_length=SEGMENT_LENGTH,
-        draw=lambda documents, segments, seed: cross_segment_pointer(documents, segments, seed=seed),
+        draw=draw,
         test=test,
     )
 
