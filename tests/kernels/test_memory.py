@@ -1,0 +1,89 @@
+"""The memory kernels without a GPU: machine code for three architectures, bytes moved, launches."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from memkern.testing import aot
+from memkern.testing.aot import meta
+from memkern.testing.traffic import count_traffic
+
+pytest.importorskip("triton")
+from memkern.triton_kernels import memory
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the Triton interpreter (TRITON_INTERPRET=1)"
+)
+
+
+def fields(make: Any, B: int, N: int, W: int, R: int, H: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    state = [make(B, N, W), make(B, N), make(B, H, N, N), make(B, H, N), make(B, R, N), make(B, H, N)]
+    said = [
+        *(make(B, R, W), make(B, R), make(B, R, 1 + 2 * H)),
+        *(make(B, H, W), make(B, H), make(B, H, W), make(B, H, W), make(B, R), make(B, H), make(B, H)),
+    ]
+    return state, said
+
+
+def step(
+    B: int, N: int, W: int, R: int, H: int, *, make: Any = meta, sharpen: bool = False, deallocate: bool = False,
+    mask: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    state, said = fields(make, B, N, W, R, H)
+    gamma = make(B, R) if sharpen else None
+    out = memory.memory_step_fwd(state, said, gamma, mask, True, True, deallocate, True)
+    saved = [out[i] for i in (1, 2, 5, 6, 7, 8, 9, 10)]
+    memory.memory_step_bwd(*out[:7], state, said, gamma, mask, saved, True, True, deallocate, False)
+
+
+def segment(B: int, N: int, W: int, R: int, H: int) -> None:
+    """What only the scan starts: the write alone, and the links without reads."""
+    from memkern.triton_kernels.memory import forward
+
+    state, said = fields(meta, B, N, W, R, H)
+    named = dict(zip(forward.INTERFACE, said, strict=True))
+    forward.write_memory(state[0], state[5], state[4], named, None, True, meta(B, N, W))
+    forward.update_links(state[2], state[3], state[5], None, None, meta(B, H, N, N), meta(B, H, N))
+
+
+CASES = [
+    aot.Case("large", lambda: step(64, 1024, 64, 4, 1)),
+    aot.Case("medium", lambda: step(32, 256, 64, 4, 1, sharpen=True), archs=(90,)),
+    aot.Case("wide", lambda: step(8, 64, 768, 4, 4, deallocate=True), archs=(90,)),
+    aot.Case("odd", lambda: step(2, 37, 7, 3, 2, mask=meta(2, dtype=torch.bool)), archs=(90,)),
+    aot.Case("segment", lambda: segment(32, 256, 64, 4, 1), archs=(90,)),
+]
+
+
+def test_no_kernel_spills(toolchain: aot.Toolchain) -> None:
+    aot.assert_clean(aot.reports(__file__, toolchain))
+
+
+def test_links_are_moved_16_bytes_at_a_time(toolchain: aot.Toolchain) -> None:
+    for kernel in ("_links", "_links_bwd"):
+        found = [r for r in aot.reports(__file__, toolchain) if (r.case, r.kernel) == ("large", kernel)]
+        assert len(found) == 3
+        assert all(r.count("LDG.E.128") > 0 and r.count("STG.E.128") > 0 for r in found)
+
+
+@interpreted
+def test_a_step_passes_twice_over_the_links_and_its_backward_three_times() -> None:
+    sizes = (2, 32, 16, 2, 1)
+    state, said = fields(torch.rand, *sizes)
+    links = state[2].nbytes
+    with count_traffic() as forward:
+        out = memory.memory_step_fwd(state, said, None, None, True, True, False, True)
+    assert len(forward.launches) == 3
+    assert forward.of(state[2]).loaded == forward.of(out[3]).stored == links
+    assert forward.total.atomics == 0
+    saved = [out[i] for i in (1, 2, 5, 6, 7, 8, 9, 10)]
+    grads = [torch.rand_like(x) for x in out[:7]]
+    with count_traffic() as backward:
+        made = memory.memory_step_bwd(*grads, state, said, None, None, saved, True, True, False, False)
+    assert len(backward.launches) <= 4
+    assert backward.of(state[2]).loaded == backward.of(grads[3]).loaded == backward.of(made[2]).stored == links
+    assert backward.total.atomics == 0
