@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from memkern import BackendUnavailable
 from memkern.models import GMMXLNetForQA, MemXLNetForQA
 from memkern.nn.state import map_state
 
@@ -523,6 +524,27 @@ def test_the_vocabulary_can_grow(base: Any, segment: Any) -> None:
     model.resize_token_embeddings(70)
     assert model.config.vocab_size == model.transformer.word_embedding.num_embeddings == 70
     torch.testing.assert_close(model(**segment()).start_logits, expected)
+
+
+def test_backends_agree(base: Any, segment: Any, awake: Any, main_kind: Any, backend: Any) -> None:
+    results = []
+    for name in ("reference", backend.name):
+        torch.manual_seed(3)
+        model = awake(main_kind(base, memory_backend=name)).to(backend.device)
+        inputs = {key: value.to(backend.device) for key, value in segment(labels=False).items()}
+        try:
+            first = model(**inputs)
+            out = model(**inputs, memory_state=first.new_memory_state)
+        except BackendUnavailable as error:
+            pytest.skip(str(error))
+        out.start_logits.square().sum().backward()
+        results.append((out, {name: p.grad for name, p in model.memory_named_parameters()}))
+        base.zero_grad()
+    (expected, grads), (actual, others) = results
+    torch.testing.assert_close(actual.start_logits, expected.start_logits, atol=1e-4, rtol=1e-4)
+    close(actual.new_memory_state, expected.new_memory_state, atol=1e-5, rtol=1e-4)
+    for name, grad in grads.items():
+        torch.testing.assert_close(others[name], grad, atol=1e-4, rtol=1e-3)
 
 
 def test_names_for_the_optimiser(base: Any) -> None:
