@@ -1,8 +1,8 @@
 """``update_experts`` on the CPU: matrix products by MKL or oneDNN, everything between them fused in C++.
 
 Products of (B, K, S, D) states are made expert by expert, on rows gathered into one reused (R, D) workspace, R = B S;
-the concatenation [M;h] is never made. They run in bfloat16 when states, hiddens and weights all are bfloat16, else in
-float32 (float64 for float64).
+the hiddens are never copied per expert, nor all states beside them. They run in bfloat16 when states, hiddens and
+weights all are bfloat16, else in float32 (float64 for float64).
 
 BLAS (MKL) in float32 and float64: an expert's rows and the hiddens lie side by side in a workspace of (R, 2D), so that
 a weight takes part in one product in forward and in two in backward, whole, contiguous and never copied; d_hiddens

@@ -102,7 +102,7 @@ MUTATIONS = [
     Mutation(
         "a masked row's NaN reaches the weights",
         "memkern/ops/_expert_update_cpu.py",
-        "gathered.view(batch, slots, width).masked_fill_(~mask[:, None, None], 0.0)",
+        "into.masked_fill_(~mask[:, None, None], 0.0)",
         "pass",
         f"{EXPERTS}::test_masked_rows_keep_their_state_and_reach_nothing",
         "cpp",
