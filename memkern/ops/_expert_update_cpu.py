@@ -92,17 +92,17 @@ def update_experts_fwd(
     weights = tuple(w.to(dtype).contiguous() for w in (gate_weight, update_weight))
     rows = min(step, batch) * slots
     if not onednn and dtype != torch.bfloat16:
-        both, products = x.new_empty((rows, 2 * width)), x.new_empty((2, rows, width))
+        beside, products = x.new_empty((rows, 2 * width)), x.new_empty((2, rows, width))
         for first in range(0, batch, step):
             last = min(batch, first + step)
-            part = _beside(both, x[first * slots : last * slots])
-            made = products[:, : part.shape[0]]
+            part = _beside(beside, x[first * slots : last * slots])
+            sums = products[:, : part.shape[0]]
             for expert in range(experts):
                 part.view(last - first, slots, 2 * width)[..., :width].copy_(states[first:last, expert])
-                for product, weight in zip(made, weights, strict=True):
+                for product, weight in zip(sums, weights, strict=True):
                     torch.mm(part, weight[expert].t(), out=product)
                 torch.ops.memkern.expert_mix_forward(
-                    out, *made.unsqueeze(2), None, None, states, p, *biases, mask, *saved, first, expert
+                    out, *sums.unsqueeze(2), None, None, states, p, *biases, mask, *saved, first, expert
                 )
         return out, gates, updates
     gathered = x.new_empty((rows, width))
