@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import types
@@ -159,12 +160,32 @@ def eager_content(memory: Tensor, keys: Tensor, strengths: Tensor) -> Tensor:
     return torch.softmax(strengths[..., None] * scores, -1)
 
 
-def eager_scan(state: MemoryState, interface: MemoryInterface, **options: Any) -> tuple[Tensor, MemoryState]:
-    reads = []
-    for t in range(interface.read_keys.shape[1]):
-        read, state = eager_step(state, MemoryInterface(*(field[:, t] for field in interface)), **options)
-        reads.append(read)
-    return torch.stack(reads, 1), state
+def steps_of(step: Function) -> Function:
+    """A scan as a loop over a step."""
+
+    def scan(state: MemoryState, interface: MemoryInterface, **options: Any) -> tuple[Tensor, MemoryState]:
+        reads = []
+        for t in range(interface.read_keys.shape[1]):
+            read, state = step(state, MemoryInterface(*(field[:, t] for field in interface)), **options)
+            reads.append(read)
+        return torch.stack(reads, 1), state
+
+    return scan
+
+
+@functools.cache
+def _compiled_step() -> Function:
+    return torch.compile(eager_step, dynamic=False)
+
+
+@torch.compiler.disable
+def _steps_as_compiled(state: MemoryState, interface: MemoryInterface, options: Options) -> tuple[Tensor, MemoryState]:
+    return steps_of(_compiled_step())(state, interface, **options)
+
+
+def compiled_steps(state: MemoryState, interface: MemoryInterface, **options: Any) -> tuple[Tensor, MemoryState]:
+    """A loop over the compiled step: unrolled into one graph, T steps would take minutes to compile."""
+    return _steps_as_compiled(state, interface, options)
 
 
 def pytorch_dnc(case: Case) -> Function:
@@ -206,17 +227,7 @@ def pytorch_dnc(case: Case) -> Function:
         names = ("memory", "usage_vector", "link_matrix", "precedence", "read_weights", "write_weights")
         return reads, MemoryState(*(hidden[name] for name in names))
 
-    if "T" not in case.shape:
-        return step
-
-    def scan(state: MemoryState, interface: MemoryInterface) -> tuple[Tensor, MemoryState]:
-        reads = []
-        for t in range(interface.read_keys.shape[1]):
-            read, state = step(state, MemoryInterface(*(field[:, t] for field in interface)))
-            reads.append(read)
-        return torch.stack(reads, 1), state
-
-    return scan
+    return steps_of(step) if "T" in case.shape else step
 
 
 _VARIANTS: dict[str, Options] = {
@@ -405,7 +416,8 @@ SPECS = (
         variants=_VARIANTS,
         make=make_recurrence,
         work=work_scan,
-        eager=eager_scan,
+        eager=steps_of(eager_step),
+        clean=compiled_steps,
         peers={"dnc": pytorch_dnc},
         headline=True,
         targets=(*_CPU_TARGETS, Target("medium", "fwd", "dnc", 50.0, device="cuda")),
