@@ -39,7 +39,8 @@ def build(device: str) -> HybridTransformerModel:
     config = HybridTransformerConfig(
         text, use_internal_memory=False, external_memory_size=16384, num_retrieval_layers=4, use_gated_retrieval=True
     )
-    model = HybridTransformerModel(config).to(device).eval()
+    model = HybridTransformerModel(config).eval()
+    torch.nn.Module.to(model, torch.device(device))
     for _ in range(16):
         model.write_external_memory(torch.randint(1, 8192, (1, 1024), device=device))
     return model
