@@ -92,8 +92,21 @@ _NORMS_BWD = define(
     column="cosine_topk",
 )
 
+
+def _row_limit(queries: Tensor, database: Tensor | None = None, *_: Tensor | None) -> str | None:
+    """The GPU kernels keep a row's number in 32 bits while they compare; indices are int64."""
+    rows = queries.shape[-2] if database is None else database.shape[-2]
+    return None if rows < 1 << 31 else f"takes fewer than 2^31 rows, not {rows}; search parts and merge them"
+
+
 for _op in ("cosine_topk", "inverse_norms"):
-    backends.declare(_op, cpp=backends.ALL)
+    backends.declare(
+        _op,
+        cpp=backends.ALL,
+        triton=backends.LOW,
+        cuda=backends.LOW,
+        limits={"triton": _row_limit, "cuda": _row_limit},
+    )
 
 
 class _CosineTopK(torch.autograd.Function):

@@ -76,7 +76,8 @@ class Gradient {
         }
         const double a = given_inverse(search * p_.rows + p_.indices[j]);
         add_scaled(g * a * query_inverse_, row_.get(), p_.width, sum_.get());
-        along_query -= g * (dot(query_.get(), row_.get(), p_.width) * a * query_inverse_) * query_inverse_ * query_inverse_;
+        const double score = dot(query_.get(), row_.get(), p_.width) * a * query_inverse_;
+        along_query -= g * score * query_inverse_ * query_inverse_;
       }
       if (along_query != 0) add_scaled(along_query, query_.get(), p_.width, sum_.get());
       round_to(sum_.get(), p_.width, static_cast<S*>(p_.d_query) + i * p_.width);

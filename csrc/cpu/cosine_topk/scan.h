@@ -34,15 +34,17 @@ constexpr int kLanes = VecF::N;
 // Accumulators: at least twelve, to cover the latency of two units, and at most what the registers hold.
 constexpr int kWidestPanel = MK_VEC == 512 ? 3 : 2;
 template <int Vectors>
-constexpr int kRowsAtOnce = MK_VEC == 512 ? (Vectors == 3 ? 8 : 12) : MK_VEC == 256 ? (Vectors == 2 ? 6 : 12) : (Vectors == 2 ? 4 : 8);
+constexpr int kRowsAtOnce = MK_VEC == 512   ? (Vectors == 3 ? 8 : 12)
+                            : MK_VEC == 256 ? (Vectors == 2 ? 6 : 12)
+                                            : (Vectors == 2 ? 4 : 8);
 static_assert(kTileRows % 24 == 0, "a tile is a whole number of row groups");
 
 int64_t padded_width(int64_t width) { return (width + kPerStep - 1) / kPerStep * kPerStep; }
 
 int64_t panel_vectors(int64_t left) { return std::min<int64_t>(kWidestPanel, left); }
 
-// One panel: up to kWidestPanel vectors of queries (count, stride), of unit length. `loss`: for each, the length of what
-// rounding to the scan's type took away.
+// One panel: up to kWidestPanel vectors of queries (count, stride), of unit length. `loss`: for each, the length of
+// what rounding to the scan's type took away.
 void pack(const float* queries, int64_t count, int64_t stride, int64_t width, void* panel, double* loss) {
   const int64_t steps = padded_width(width) / kPerStep, lanes = (count + kLanes - 1) / kLanes * kLanes;
   auto* out = static_cast<Element32*>(panel);

@@ -1,5 +1,5 @@
-// How the search drives a scan: one tile of rows, a block of queries, and the kernels of one element type. Include after
-// cpu/isa.h.
+// How the search drives a scan: one tile of rows, a block of queries, and the kernels of one element type. Include
+// after cpu/isa.h.
 #pragma once
 
 namespace memkern::cpu::MK_NS {

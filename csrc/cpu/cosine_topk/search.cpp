@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = 512 << 10;  // packed queries that stay in L2 beside a tile
 constexpr int64_t kSample = 32;             // one tile in so many is scanned first
-constexpr int64_t kAheadBytes = 12 << 10;   // how far the stream fetches ahead
+constexpr int64_t kStreamSteps = 16;        // of each stream at a time
 
 // How the work is divided: blocks of queries, and for few of them also parts of the rows.
 struct Plan {
@@ -61,7 +61,7 @@ Plan make_plan(const CosineSearch& p) {
   // What a search may allocate: 8 max(64 k, 1024) bytes for each query, and 4 for each row.
   const int64_t entry = 2 * sizeof(A) + sizeof(int64_t);
   const int64_t allowed = 8 * std::max<int64_t>(64 * p.k, 1024) * p.queries + 4 * p.rows;
-  const int64_t wanted = std::max<int64_t>(4 * p.k, 256);
+  const int64_t wanted = std::max<int64_t>(5 * p.k / 2 + 128, 256);
   const int64_t affordable = plan.parts == 1 ? wanted : allowed / (2 * entry * p.queries * plan.parts);
   plan.capacity = std::clamp(affordable, 2 * p.k + 16, wanted);
   return plan;
@@ -72,6 +72,8 @@ template <class A>
 constexpr A kLeastSquare = sizeof(A) == 4 ? A(1e-30) : A(1e-250);
 template <class A>
 constexpr A kMostSquare = sizeof(A) == 4 ? A(1e30) : A(1e250);
+template <class A>
+constexpr A kLeastLength = sizeof(A) == 4 ? A(1e-15) : A(1e-125);
 template <class A>
 constexpr A kMostInverse = sizeof(A) == 4 ? A(1e15) : A(1e100);
 
@@ -116,16 +118,20 @@ class Block {
     settled_ = 0;
     for (int64_t q = 0; q < count; ++q) lists[q].count = 0;
     prepare(true);
-    const int64_t tile = kernels_ ? kTileRows : 16 * kStreamRows;
-    const int64_t tiles = (last - first + tile - 1) / tile;
+    const int64_t tile = kernels_ ? kTileRows : kStreamSteps;
+    const int64_t extent = kernels_ ? last - first : quarter_of(first, last);
+    const int64_t tiles = (extent + tile - 1) / tile;
     // A sample spread over all rows first: the bound is then nearly final for the rest, whatever their order.
     for (int pass = 0; pass < 2; ++pass) {
       for (int64_t t = 0; t < tiles; ++t) {
         if ((t % kSample == 0) != (pass == 0)) continue;
-        int64_t next = t + (pass == 0 ? kSample : (t + 1) % kSample == 0 ? 2 : 1);
-        const int64_t begin = first + t * tile, end = std::min(last, begin + tile);
-        const int64_t ahead = next < tiles ? first + next * tile : -1;
-        kernels_ ? scan_rows(begin, end, ahead) : stream(begin, end);
+        if (kernels_) {
+          const int64_t next = t + (pass == 0 ? kSample : (t + 1) % kSample == 0 ? 2 : 1);
+          const int64_t begin = first + t * tile;
+          scan_rows(begin, std::min(last, begin + tile), next < tiles ? first + next * tile : -1);
+        } else {
+          stream(first, last, t * tile, (t + 1) * tile);
+        }
       }
     }
     for (int64_t q = 0; q < count; ++q) {
@@ -151,6 +157,8 @@ class Block {
     // An odd number of cache lines, so that the rows of a group fall into different sets.
     return ((width + 15) / 16 | 1) * 16;
   }
+
+  static int64_t quarter_of(int64_t first, int64_t last) { return (last - first + kStreamRows - 1) / kStreamRows; }
 
   int64_t steps() const { return (p_.width + kernels_->per_step - 1) / kernels_->per_step; }
 
@@ -213,26 +221,46 @@ class Block {
 
   bool allowed(int64_t q, int64_t row) const {
     const int64_t query = first_query_ + q;
-    if (p_.valid_per_query && !p_.valid[search_ * p_.valid_stride[0] + query * p_.valid_stride[1] + row * p_.valid_stride[2]]) {
-      return false;
+    if (p_.valid_per_query) {
+      const bool* valid = p_.valid + search_ * p_.valid_stride[0] + query * p_.valid_stride[1];
+      if (!valid[row * p_.valid_stride[2]]) return false;
     }
     return !p_.query_group ||
            p_.query_group[search_ * p_.queries + query] == p_.row_group[search_ * p_.rows + row];
   }
 
-  // What a scan multiplies the product of row i by, and the margin of the result; NaN for a special row.
-  bool weigh(A squared, int64_t row, A& inverse, A& margin) const {
-    if (!(squared >= kLeastSquare<A> && squared <= kMostSquare<A>)) return false;
-    if (!p_.normalized && !inverses_) {
-      inverse = A(1) / std::sqrt(squared);
-      margin = margin_;
-      return true;
+  // For each row of a tile what the scan multiplies its products by, and the margin of the result. Both are NaN for a
+  // special row, which then passes no bound; such rows are listed, and their number returned.
+  int64_t weigh(const A* squares, const int64_t* rows, int64_t count, A* inverse, A* margin, int64_t* special) const {
+    const A nan = std::numeric_limits<A>::quiet_NaN();
+    constexpr int N = Vec<A>::N;
+    Mask<A> odd = Vec<A>(A(0)) < A(0);
+    if (inverses_) {
+      for (int64_t r = 0; r < count; ++r) inverse[r] = inverses_[rows[r]];
     }
-    inverse = inverses_ ? inverses_[row] : A(1);
-    if (!(std::abs(inverse) <= kMostInverse<A>)) return false;
-    const A length = std::sqrt(squared) * std::abs(inverse);
-    margin = margin_ * length;
-    return length >= std::sqrt(kLeastSquare<A>) || inverse == 0;
+    for (int64_t r = 0; r < count; r += N) {
+      const Vec<A> squared = load(squares + r), length = sqrt(squared);
+      Mask<A> plain = (squared >= kLeastSquare<A>) & (squared <= kMostSquare<A>);
+      Vec<A> factor(A(1)), size = length;
+      if (inverses_) {
+        factor = load(inverse + r);
+        size = length * abs(factor);
+        plain = plain & (abs(factor) <= kMostInverse<A>) & ((size >= kLeastLength<A>) | (factor == A(0)));
+      } else if (!p_.normalized) {
+        factor = A(1) / length;
+        size = Vec<A>(A(1));
+      }
+      store(inverse + r, select(plain, factor, Vec<A>(nan)));
+      store(margin + r, select(plain, size * margin_, Vec<A>(nan)));
+      odd = odd | !plain;
+    }
+    int64_t specials = 0;
+    if (any(odd)) {
+      for (int64_t r = 0; r < count; ++r) {
+        if (margin[r] != margin[r]) special[specials++] = rows[r];
+      }
+    }
+    return specials;
   }
 
   void scan_rows(int64_t begin, int64_t end, int64_t ahead) {
@@ -240,16 +268,11 @@ class Block {
       int64_t rows[kTileRows];
       const int64_t count = list_rows(begin, end, rows);
       if (count == 0) return;
-      float inverse[kTileRows], margin[kTileRows], squares[kTileRows];
+      float inverse[kTileRows], margin[kTileRows], squares[kTileRows] = {};
       kernels_->bring[int(p_.dtype)](database_, p_.database_stride[1], p_.width, rows, count, tile_.get(), tile_stride_,
                                      squares);
-      int64_t special[kTileRows], specials = 0;
-      for (int64_t r = 0; r < count; ++r) {
-        if (!weigh(squares[r], rows[r], inverse[r], margin[r])) {
-          special[specials++] = rows[r];
-          inverse[r] = margin[r] = std::numeric_limits<float>::quiet_NaN();
-        }
-      }
+      int64_t special[kTileRows];
+      const int64_t specials = weigh(squares, rows, count, inverse, margin, special);
       for (int64_t r = count; r < kTileRows; ++r) {
         inverse[r] = margin[r] = std::numeric_limits<float>::quiet_NaN();
         rows[r] = 0;
@@ -283,29 +306,52 @@ class Block {
     }
   }
 
-  void stream(int64_t begin, int64_t end) {
-    int64_t rows[16 * kStreamRows], special[16 * kStreamRows], specials = 0;
-    const int64_t count = list_rows(begin, end, rows);
-    A dots[kStreamRows * kStreamQueries], squares[kStreamRows];
-    const StreamScan<A> s{units_.get(), plan_.padded, p_.width, dots, squares};
-    const int64_t row_bytes = std::max<int64_t>(1, p_.database_stride[1] * int64_t(sizeof(T)) * kStreamRows);
-    const int64_t ahead = std::max<int64_t>(1, kAheadBytes / row_bytes) * row_bytes;
-    for (int64_t i = 0; i < count; i += kStreamRows) {
-      const T* at[kStreamRows];
+  // Steps [begin, end) of each quarter of [first, last).
+  void stream(int64_t first, int64_t last, int64_t begin, int64_t end) {
+    constexpr int64_t kRows = kStreamRows * kStreamSteps;
+    const int64_t quarter = quarter_of(first, last);
+    int64_t of_quarter[kStreamRows][kStreamSteps], counts[kStreamRows], most = 0;
+    for (int r = 0; r < kStreamRows; ++r) {
+      const int64_t start = first + r * quarter, stop = std::min(last, start + std::min(end, quarter));
+      counts[r] = list_rows(std::min(stop, start + begin), stop, of_quarter[r]);
+      most = std::max(most, counts[r]);
+    }
+    if (most == 0) return;
+    int64_t rows[kRows], special[kRows];
+    alignas(64) A dots[kStreamQueries * kRows], squares[kRows] = {}, inverse[kRows], margin[kRows];
+    bool here[kRows];
+    const T* at[kStreamRows] = {};
+    for (int64_t i = 0; i < most; ++i) {
+      const int64_t to = i * kStreamRows;
       for (int r = 0; r < kStreamRows; ++r) {
-        at[r] = database_ + rows[std::min<int64_t>(i + r, count - 1)] * p_.database_stride[1];
+        here[to + r] = i < counts[r];
+        // A quarter that has no more rows repeats one of another.
+        rows[to + r] = here[to + r] ? of_quarter[r][i] : -1;
       }
-      stream_any<T>(count_, s, at, ahead);
-      for (int r = 0; r < kStreamRows && i + r < count; ++r) {
-        const int64_t row = rows[i + r];
-        A inverse, margin;
-        if (!weigh(squares[r], row, inverse, margin)) {
-          special[specials++] = row;
-          continue;
-        }
-        for (int64_t q = 0; q < count_; ++q) {
-          const A middle = dots[r * count_ + q] * inverse, upper = middle + margin;
-          if (upper >= bounds_[q]) append(q, row, upper, middle - margin);
+      const int64_t any_row = *std::max_element(rows + to, rows + to + kStreamRows);
+      for (int r = 0; r < kStreamRows; ++r) {
+        if (!here[to + r]) rows[to + r] = any_row;
+        at[r] = database_ + rows[to + r] * p_.database_stride[1];
+      }
+      stream_any<T>(count_, {units_.get(), plan_.padded, p_.width, dots + to, kRows, squares + to}, at);
+    }
+    const int64_t count = most * kStreamRows;
+    int64_t specials = weigh(squares, rows, count, inverse, margin, special);
+    for (int64_t r = 0; r < count; ++r) {
+      if (!here[r]) margin[r] = std::numeric_limits<A>::quiet_NaN();
+    }
+    if (specials > 0) {
+      std::sort(special, special + specials);
+      specials = std::unique(special, special + specials) - special;
+    }
+    constexpr int N = Vec<A>::N;
+    for (int64_t q = 0; q < count_; ++q) {
+      for (int64_t r = 0; r < count; r += N) {
+        const Vec<A> middle = load(dots + q * kRows + r) * load(inverse + r), upper = middle + load(margin + r);
+        if (__builtin_expect(!any(upper >= bounds_[q]), 1)) continue;
+        for (int64_t i = r; i < std::min(r + N, count); ++i) {
+          const A score = dots[q * kRows + i] * inverse[i];
+          if (score + margin[i] >= bounds_[q]) append(q, rows[i], score + margin[i], score - margin[i]);
         }
       }
     }
@@ -320,7 +366,7 @@ class Block {
     list.row[list.count] = row;
     if (++list.count < plan_.capacity) return;
     thin(list, p_.k, scratch_.get());
-    if (list.count > plan_.capacity * 3 / 4) {
+    if (list.count > plan_.capacity - plan_.capacity / 8) {
       judge_.load(search_, first_query_ + q, plan_.padded);
       judge_.settle(list, factors_[q], scored_.get());
       ++settled_;
@@ -340,7 +386,7 @@ class Block {
 
   void score_special_rows(const int64_t* rows, int64_t count) {
     if (count == 0) return;
-    bool zero[std::max<int64_t>(kTileRows, 16 * kStreamRows)];
+    bool zero[std::max<int64_t>(kTileRows, kStreamRows * kStreamSteps)];
     bool all_zero = true;
     for (int64_t i = 0; i < count; ++i) {
       // A zero row scores 0 with every query, if its given inverse is a number.

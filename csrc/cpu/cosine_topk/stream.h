@@ -7,20 +7,22 @@ namespace {
 
 constexpr int kStreamQueries = 4;
 constexpr int kStreamRows = 4;
+constexpr int64_t kStreamAhead = 512;  // bytes between what is read and what is fetched meanwhile
 
 template <class A>
 struct StreamScan {
   const A* queries;  // of unit length, `query_stride` apart
   int64_t query_stride;
   int64_t width;
-  A* dots;     // out: (kStreamRows, queries)
-  A* squares;  // out: (kStreamRows)
+  A* dots;           // out: rows of each query, `dots_stride` apart
+  int64_t dots_stride;
+  A* squares;        // out: (kStreamRows)
 };
 
-// Four rows at once: enough chains to cover the latency, and four streams that the processor fetches at a time. `ahead`:
-// bytes between a row and what is fetched meanwhile.
+// Four rows at once, each from a quarter of the database of its own: enough chains to cover the latency, and four long
+// streams, which the processor fetches at nearly twice the rate of four neighbouring rows.
 template <class T, int Queries>
-void stream_rows(const StreamScan<acc_t<T>>& s, const T* const (&rows)[kStreamRows], int64_t ahead) {
+__attribute__((noinline)) void stream_rows(const StreamScan<acc_t<T>>& s, const T* const (&rows)[kStreamRows]) {
   using A = acc_t<T>;
   Vec<A> dots[kStreamRows][Queries], squares[kStreamRows];
 #pragma GCC unroll 4
@@ -29,37 +31,57 @@ void stream_rows(const StreamScan<acc_t<T>>& s, const T* const (&rows)[kStreamRo
 #pragma GCC unroll 4
     for (int q = 0; q < Queries; ++q) dots[r][q] = Vec<A>(A(0));
   }
-  const A* query = s.queries;
-  for_each_vec<A>(s.width, [&](int64_t i, auto count) {
-    Vec<A> x[kStreamRows];
+  constexpr int N = Vec<A>::N;
+  // Fetches of whole cache lines: one vector in so many.
+  constexpr int kVectorsPerLine = std::max(1, 64 / (N * int(sizeof(T))));
+  int64_t i = 0;
+  for (; i + kVectorsPerLine * N <= s.width; i += kVectorsPerLine * N) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kStreamRows; ++r) prefetch(reinterpret_cast<const char*>(rows[r] + i) + kStreamAhead);
+#pragma GCC unroll 4
+    for (int part = 0; part < kVectorsPerLine; ++part) {
+      const int64_t at = i + part * N;
+      Vec<A> x[kStreamRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kStreamRows; ++r) {
+        x[r] = load(rows[r] + at);
+        squares[r] = fma(x[r], x[r], squares[r]);
+      }
+#pragma GCC unroll 4
+      for (int q = 0; q < Queries; ++q) {
+        const Vec<A> element = load(s.queries + q * s.query_stride + at);
+#pragma GCC unroll 4
+        for (int r = 0; r < kStreamRows; ++r) dots[r][q] = fma(x[r], element, dots[r][q]);
+      }
+    }
+  }
+  for (; i < s.width; i += N) {
+    const int64_t n = std::min<int64_t>(N, s.width - i);
 #pragma GCC unroll 4
     for (int r = 0; r < kStreamRows; ++r) {
-      prefetch(reinterpret_cast<const char*>(rows[r] + i) + ahead);
-      x[r] = load_part(rows[r] + i, count);
-      squares[r] = fma(x[r], x[r], squares[r]);
-    }
+      const Vec<A> x = load_n(rows[r] + i, n);
+      squares[r] = fma(x, x, squares[r]);
 #pragma GCC unroll 4
-    for (int q = 0; q < Queries; ++q) {
-      const Vec<A> element = load(query + q * s.query_stride + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < kStreamRows; ++r) dots[r][q] = fma(x[r], element, dots[r][q]);
+      for (int q = 0; q < Queries; ++q) {
+        dots[r][q] = fma(x, load_n(s.queries + q * s.query_stride + i, n), dots[r][q]);
+      }
     }
-  });
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < kStreamRows; ++r) {
     s.squares[r] = reduce_sum(squares[r]);
 #pragma GCC unroll 4
-    for (int q = 0; q < Queries; ++q) s.dots[r * Queries + q] = reduce_sum(dots[r][q]);
+    for (int q = 0; q < Queries; ++q) s.dots[q * s.dots_stride + r] = reduce_sum(dots[r][q]);
   }
 }
 
 template <class T>
-void stream_any(int64_t queries, const StreamScan<acc_t<T>>& s, const T* const (&rows)[kStreamRows], int64_t ahead) {
+void stream_any(int64_t queries, const StreamScan<acc_t<T>>& s, const T* const (&rows)[kStreamRows]) {
   switch (queries) {
-    case 1: return stream_rows<T, 1>(s, rows, ahead);
-    case 2: return stream_rows<T, 2>(s, rows, ahead);
-    case 3: return stream_rows<T, 3>(s, rows, ahead);
-    default: return stream_rows<T, 4>(s, rows, ahead);
+    case 1: return stream_rows<T, 1>(s, rows);
+    case 2: return stream_rows<T, 2>(s, rows);
+    case 3: return stream_rows<T, 3>(s, rows);
+    default: return stream_rows<T, 4>(s, rows);
   }
 }
 

@@ -116,7 +116,8 @@ class Judge {
   static void set(Survivors<A>& list, int64_t i, Scored<A> known, double unit) {
     const double s = double(known.score) * unit;
     // Exact for a cosine. An inner product was multiplied by 1 / |q|, which costs a rounding.
-    const double slack = unit == 1.0 || !(std::abs(s) <= 1e300) ? 0.0 : std::abs(s) * (sizeof(A) == 4 ? 0x1p-22 : 0x1p-50);
+    const double rounding = sizeof(A) == 4 ? 0x1p-22 : 0x1p-50;
+    const double slack = unit == 1.0 || !(std::abs(s) <= 1e300) ? 0.0 : std::abs(s) * rounding;
     list.upper[i] = A(s + slack);
     list.lower[i] = A(s - slack);
     list.row[i] = known.row;
