@@ -609,3 +609,14 @@ def test_clusters(backend: Any) -> None:
         for k in (1, 10, 100) if not backend.slow else (10,):
             found = cosine_topk(q, x, k, backend=backend.name)
             assert_exact(found, true_scores(q, x), k, 48)
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_no_wrong_neighbour_in_larger_databases(count: int) -> None:
+    """What ``benchmarks/systems/search_exactness.py`` does with millions of rows."""
+    if memkern.backends._declines("cosine_topk", "cpp", (torch.empty(1, 1),)):
+        pytest.skip("backend cpp is not here")
+    from memkern.benchmarks.systems import search_exactness
+
+    for name, dtype, _, wrong, _ in search_exactness.check(30_000, 24, (count,), 10, "cpp"):
+        assert wrong == 0, f"{wrong} wrong neighbours in the {name} database, {dtype}"
