@@ -182,7 +182,7 @@ def test_ties_go_to_the_lower_index(backend: Any, count: int) -> None:
 def test_one_row_many_times(backend: Any, count: int) -> None:
     """Every score is the same: nothing can be told apart by score, however long the list of survivors gets."""
     count = sized(backend, count)
-    rows = 300 if backend.slow else 5000
+    rows = 700 if backend.slow else 5000
     made = arguments(backend, (count, 1, 12, 9))
     made["database"] = made["database"].expand(rows, -1)
     found = run(backend, made)
@@ -193,7 +193,7 @@ def test_one_row_many_times(backend: Any, count: int) -> None:
 def test_each_row_better_than_the_last(backend: Any, count: int) -> None:
     """The order in which every row survives, whatever bound was known before it."""
     count = sized(backend, count)
-    rows = 400 if backend.slow else 6000
+    rows = 700 if backend.slow else 6000
     angle = torch.linspace(2.0, 0.1, rows, device=backend.device, dtype=torch.float64)
     database = torch.stack([angle.cos(), angle.sin()], 1).float()
     queries = torch.tensor([[1.0, 0.0]], device=backend.device).expand(count, -1)
@@ -207,7 +207,7 @@ def test_each_row_better_than_the_last(backend: Any, count: int) -> None:
 def test_near_ties(backend: Any, count: int) -> None:
     """Rows a few roundings apart, in float32 and in any coarser format that a pass may scan in."""
     count = sized(backend, count)
-    rows, width = (200 if backend.slow else 2500), 64
+    rows, width = (700 if backend.slow else 2500), 64
     base = torch.randn(width)
     base /= base.norm()
     for step in (2.0**-22, 2.0**-16, 2.0**-10):
