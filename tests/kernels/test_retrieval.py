@@ -66,6 +66,8 @@ CASES = [
     aot.Case("odd", lambda: attention(1, 3, 5, 7, 33), archs=(90,)),
     aot.Case("bank", lambda: attention(8, 16, 2048, 64, 64, bank=8192)),
     aot.Case("bank odd", lambda: attention(1, 3, 5, 7, 33, bank=11, dtype=torch.float32, masked=True), archs=(90,)),
+    aot.Case("one of each", lambda: attention(1, 1, 1, 1, 1, bank=1, masked=True), archs=(90,)),
+    aot.Case("one segment", lambda: spans(1, 1), archs=(90,)),
     aot.Case("fuse", lambda: fuse(16384, 1024, 3)),
     aot.Case("fuse wide", lambda: fuse(16, 5000, 16, torch.float32), archs=(90,)),
     aot.Case("spans", lambda: spans(64, 384)),

@@ -48,6 +48,7 @@ def _unit_bwd(keys, d_keys, b, W, H: tl.constexpr, HB: tl.constexpr, WB: tl.cons
     across = d_unit - unit * along[:, None]
     # What rounding left along the key: exactly, unit . across = along (1 - |unit|^2) = along eps / (|k|^2 + eps).
     left = tl.sum(unit * across, axis=1) - along * (NORM_EPS * factor * factor)
+    tl.debug_barrier()
     tl.store(d_keys + at, factor[:, None] * (across - unit * left[:, None]), mask=ok)
 
 
@@ -111,6 +112,7 @@ def _read_bwd(
             d_logit = tl.where(positive, after * (slope - tl.sum(after * slope, axis=0)), 0.0)
             tl.store(d_sharpness + b * R + i, tl.sum(d_logit * tl.log(safe), axis=0))
             slope = d_logit * gamma / safe
+        tl.debug_barrier()
         tl.store(d_mixed + at, slope, mask=ok)
         found = tl.load(content + at, mask=ok, other=0.0)
         share = tl.load(modes + (b * R + i) * (1 + 2 * H) + H)
@@ -127,7 +129,8 @@ def _read_bwd(
         tl.store(d_strengths + b * R + i, tl.sum(d_score * (cos - tl.sum(found * cos, axis=0)), axis=0))
         d_cos = d_score * tl.load(strengths + b * R + i)
         along += d_cos * cos
-        # Each lane gives back what it alone has read.
+        # A lane may be held by several threads, and none may read what another has replaced.
+        tl.debug_barrier()
         tl.store(cosine + at, d_cos, mask=ok)
     tl.store(projection + b * N + n, along, mask=ok)
     tl.debug_barrier()
@@ -385,7 +388,9 @@ def _write_bwd(
         lane_ok = row_ok[:, None] & (heads < H)[None, :]
         tl.store(inverse + b * N + rows, scale, mask=row_ok)
         tl.store(cosine + lane, dots * units[None, :] * scale[:, None], mask=lane_ok)
-        tl.store(slopes + lane, tl.load(slopes + lane, mask=lane_ok, other=0.0) + d_weights, mask=lane_ok)
+        d_weights += tl.load(slopes + lane, mask=lane_ok, other=0.0)
+        tl.debug_barrier()
+        tl.store(slopes + lane, d_weights, mask=lane_ok)
     tl.debug_barrier()
     # Through the write weights, the last head first: each allocates on what the ones before it have taken.
     d_used = tl.zeros((NB,), tl.float32)
@@ -428,6 +433,7 @@ def _write_bwd(
         tl.store(d_write_strengths + b * H + h, tl.sum(d_score * (cos - tl.sum(found * cos, axis=0)), axis=0))
         d_cos = d_score * tl.load(write_strengths + b * H + h)
         along += d_cos * cos
+        tl.debug_barrier()
         tl.store(cosine + at, d_cos, mask=ok)
     tl.store(projection + b * N + n, along, mask=ok)
     if DEALLOCATE:
@@ -467,6 +473,7 @@ def _write_bwd(
             d_m += d_unit * scale[:, None]
             if DEALLOCATE:
                 more = tl.load(mass + b * N + rows, mask=row_ok, other=0.0) + tl.sum(d_m * m, axis=1)
+                tl.debug_barrier()
                 tl.store(mass + b * N + rows, more, mask=row_ok)
                 d_m = d_m * psi[:, None]
             tl.store(d_memory + cell, d_m, mask=inside)
@@ -513,6 +520,7 @@ def _write_bwd(
         read = tl.load(read_weights + at, mask=ok, other=0.0)
         tl.store(d_free + b * R + r, -tl.sum(rest_psi * read, axis=0))
         d_r = tl.load(d_read_weights + at, mask=ok, other=0.0) - rest_psi * tl.load(free_gates + b * R + r)
+        tl.debug_barrier()
         tl.store(d_read_weights + at, d_r, mask=ok)
 
 

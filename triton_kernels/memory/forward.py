@@ -78,6 +78,7 @@ def _write_weights(
     for h in tl.static_range(H):
         at = (b * H + h) * N + n
         found = softmax(tl.load(content + at, mask=ok, other=0.0), ok)
+        tl.debug_barrier()  # a lane may be held by several threads, and none may read what another has replaced
         tl.store(content + at, found, mask=ok)
         gate = tl.load(write_gates + b * H + h)
         towards_free = tl.load(allocation_gates + b * H + h)
@@ -245,6 +246,7 @@ def _read(
     for i in tl.static_range(R):
         at = (b * R + i) * N + n
         found = softmax(tl.load(content + at, mask=ok, other=0.0), ok)
+        tl.debug_barrier()  # a lane may be held by several threads, and none may read what another has replaced
         tl.store(content + at, found, mask=ok)
         mode = modes + (b * R + i) * (1 + 2 * H)
         share = tl.load(mode + H)

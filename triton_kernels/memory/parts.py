@@ -33,7 +33,9 @@ def _content_fwd(
         taking_part = ok & (tl.load(slot_mask + b * N + n, mask=ok, other=0) != 0)
     for h in tl.static_range(H):
         at = (b * H + h) * N + n
-        tl.store(weights + at, softmax(tl.load(weights + at, mask=ok, other=0.0), taking_part), mask=ok)
+        found = softmax(tl.load(weights + at, mask=ok, other=0.0), taking_part)
+        tl.debug_barrier()
+        tl.store(weights + at, found, mask=ok)
 
 
 @triton.jit
@@ -78,6 +80,7 @@ def _content_bwd(
         tl.store(d_strengths + b * H + h, tl.sum(d_score * (cos - tl.sum(found * cos, axis=0)), axis=0))
         d_cos = d_score * tl.load(strengths + b * H + h)
         along += d_cos * cos
+        tl.debug_barrier()
         tl.store(cosine + at, d_cos, mask=ok)
     tl.store(projection + b * N + n, along, mask=ok)
     tl.debug_barrier()
