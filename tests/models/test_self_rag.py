@@ -267,6 +267,23 @@ class TestMemory:
         with pytest.raises(ValueError, match="token_ids"):
             built().write_to_memory(["a", "b"], [[1]])
 
+    @pytest.mark.parametrize("method", ["dot", "learned"])
+    def test_a_cosine_store_serves_every_method(self, method):
+        own = built(retrieval_method=method)
+        config = configured(retrieval_method=method)
+        plain = SelfRAGModel(backbone("own", config), MemoryStore(WIDTH), config).eval()
+        if method == "learned":
+            with torch.no_grad():
+                for model in (own, plain):
+                    model.score.weight.add_(0.2 * torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1)))
+        queries = own.embed(tokens(3, 5, seed=9))
+        found = []
+        for model in (own, plain):
+            filled(model)
+            found.append([hit for row in model.retrieve(queries) for hit in row])
+        assert [hit.id for hit in found[0]] == [hit.id for hit in found[1]]
+        assert [hit.score for hit in found[0]] == pytest.approx([hit.score for hit in found[1]], abs=1e-5)
+
     def test_a_store_that_does_not_fit_is_refused(self):
         config = configured()
         with pytest.raises(ValueError, match="memory"):

@@ -109,7 +109,12 @@ class SelfRAGModel(SelfRAGPreTrainedModel):
             memory = MemoryStore(config.d_model, config.max_chunks, retrieval_method=config.retrieval_method)
         if memory.d_model != config.d_model:
             raise ValueError(f"memory: expected d_model={config.d_model}, got a store of d_model={memory.d_model}")
-        if memory.retrieval_method != config.retrieval_method:
+        # A cosine store serves every method: queries go through the learned matrix before the search, and the inner
+        # product of unit rows is their cosine.
+        plain = memory.retrieval_method == "cosine" and (
+            config.retrieval_method != "dot" or config.normalize_embeddings
+        )
+        if memory.retrieval_method != config.retrieval_method and not plain:
             raise ValueError(
                 f"memory: expected retrieval_method={config.retrieval_method!r}, as in the configuration, got a store "
                 f"with {memory.retrieval_method!r}"
@@ -307,6 +312,8 @@ class SelfRAGModel(SelfRAGPreTrainedModel):
         rows = query_emb.detach()
         if groups is not None:
             return self._retrieve_grouped(rows, top_k, list(groups))
+        if self.score is not None and self.memory.retrieval_method == "cosine":
+            rows = self.score(rows.to(self.score.weight.device)).detach().float()
         with self._chosen_backend():
             return self.memory.search(rows, top_k) if rows.dim() == 1 else self.memory.search_batched(rows, top_k)
 
@@ -316,8 +323,8 @@ class SelfRAGModel(SelfRAGPreTrainedModel):
         return nullcontext() if name is None else use_backend(name)
 
     def _sync_score(self) -> None:
-        """The store scores by the matrix as it is now."""
-        if self.score is None:
+        """The store scores by the matrix as it is now, if it is a store that has one."""
+        if self.score is None or self.memory.retrieval_method != "learned":
             return
         weight = self.score.weight
         state = (weight.data_ptr(), weight._version)
