@@ -582,8 +582,8 @@ def step(
     memory, read_weights = old["memory"], old["read_weights"]
     batch, slots, width = memory.shape
     read_heads, heads = read_weights.shape[1], old["write_weights"].shape[1]
-    tile = tiles(slots, width)
-    wide = {"num_warps": warps(slots)}
+    tile = tiles(slots, width, heads)
+    wide = {"num_warps": warps(slots, width)}
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=memory.device)

@@ -288,11 +288,11 @@ EXACT: dict[str, Any] = {**LAUNCH, "enable_fp_fusion": False}
 other ties."""
 
 
-def tiles(slots: int, width: int) -> dict[str, int]:
-    """Block sizes for N slots and W columns."""
+def tiles(slots: int, width: int, heads: int = 1) -> dict[str, int]:
+    """Block sizes for N slots and W columns; smaller ones where several write heads keep a block each."""
     nb, wb = triton.next_power_of_2(slots), triton.next_power_of_2(width)
     bw = min(wb, 64)
-    return {"NB": nb, "WB": wb, "BN": max(1, min(nb, 4096 // bw)), "BW": bw}
+    return {"NB": nb, "WB": wb, "BN": max(1, min(nb, (4096 if heads == 1 else 2048) // bw)), "BW": bw}
 
 
 def link_tiles(slots: int, heads: int) -> tuple[int, int]:
@@ -302,8 +302,8 @@ def link_tiles(slots: int, heads: int) -> tuple[int, int]:
     return max(1, min(nb, 32, 8192 // (bj * rb))), bj
 
 
-def warps(slots: int) -> int:
-    return 8 if slots > 128 else 4
+def warps(slots: int, width: int = 1) -> int:
+    return 8 if slots > 128 or slots * width >= 4096 else 4
 
 
 def write_weights(
@@ -323,14 +323,15 @@ def write_weights(
     """First launch of a step."""
     batch, slots, width = memory.shape
     read_heads, heads = read_weights.shape[1], write_weights.shape[1]
-    tile = tiles(slots, width)
+    tile = tiles(slots, width, heads)
     scratch = torch.empty((batch, slots) if track_usage else (1,), dtype=torch.float32, device=memory.device)
     _write_weights[(batch,)](
         memory, usage, read_weights, write_weights, said["write_keys"], said["write_strengths"], said["free_gates"],
         said["allocation_gates"], said["write_gates"], memory if step_mask is None else step_mask,
         new_usage, content, allocation, new_write_weights, scratch, slots, width,
         R=read_heads, H=heads, HB=triton.next_power_of_2(heads), TRACK_USAGE=track_usage, DEALLOCATE=deallocate,
-        HAS_MASK=step_mask is not None, **tile, BJ=max(1, min(64, 8192 // tile["NB"])), num_warps=warps(slots), **EXACT,
+        HAS_MASK=step_mask is not None, **tile, BJ=max(1, min(64, 8192 // tile["NB"])),
+        num_warps=warps(slots, width), **EXACT,
     )  # fmt: skip
 
 
@@ -434,7 +435,7 @@ def step(
                 old["links"], old["precedence"], new["write_weights"], read_weights, step_mask, new["links"],
                 new["precedence"],
             )  # fmt: skip
-        tile = tiles(slots, width)
+        tile = tiles(slots, width, heads)
         _read[(batch,)](
             memory, read_weights, new["write_weights"], said["read_keys"], said["read_strengths"], said["read_modes"],
             said["erase_vectors"], said["write_vectors"], said["free_gates"],
@@ -442,7 +443,7 @@ def step(
             new["reads"], new["memory"], new["read_content"], new["mixed"], new["read_weights"], slots, width, blocks,
             R=read_heads, RB=triton.next_power_of_2(read_heads), H=heads, TRACK_LINKS=track_links,
             DEALLOCATE=deallocate, SHARPEN=sharpness is not None, HAS_MASK=step_mask is not None, **tile,
-            num_warps=warps(slots), **LAUNCH,
+            num_warps=warps(slots, width), **LAUNCH,
         )  # fmt: skip
 
 
