@@ -292,7 +292,7 @@ def tiles(slots: int, width: int, heads: int = 1) -> dict[str, int]:
     """Block sizes for N slots and W columns; smaller ones where several write heads keep a block each."""
     nb, wb = triton.next_power_of_2(slots), triton.next_power_of_2(width)
     bw = min(wb, 64)
-    return {"NB": nb, "WB": wb, "BN": max(1, min(nb, (4096 if heads == 1 else 2048) // bw)), "BW": bw}
+    return {"NB": nb, "WB": wb, "BN": max(1, min(nb, (4096 if heads == 1 else 1024) // bw)), "BW": bw}
 
 
 def link_tiles(slots: int, heads: int) -> tuple[int, int]:

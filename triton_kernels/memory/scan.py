@@ -131,7 +131,8 @@ def memory_scan_bwd(
                 None if exponents is None else exponents[t], None if masks is None else masks[t], new,
                 track_usage, track_links, deallocate, detach_usage,
             )  # fmt: skip
-            grads = {name: made[name] if made[name].numel() else None for name in forward.STATE}
+            # What has no gradient comes as an empty vector; an empty batch has gradients of its own shapes.
+            grads = {name: made[name] if made[name].shape == first[name].shape else None for name in forward.STATE}
             for name, pieces in found.items():
                 pieces.append(made[name])
     empty = first["memory"].new_empty((0,))
