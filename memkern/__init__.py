@@ -18,7 +18,7 @@ _LAZY_MODULES = ("analysis", "benchmarks", "data", "models", "nn", "patch", "ref
 
 def __getattr__(name: str) -> Any:
     if name == "warmup":
-        return importlib.import_module("memkern.warmup").warmup
+        return importlib.import_module("memkern._warmup").warmup
     if name in _LAZY_MODULES:
         return importlib.import_module(f"memkern.{name}")
     raise AttributeError(f"module 'memkern' has no attribute {name!r}")
