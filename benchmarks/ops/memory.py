@@ -178,7 +178,7 @@ def _compiled_step() -> Function:
     return torch.compile(eager_step, dynamic=False)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _steps_as_compiled(state: MemoryState, interface: MemoryInterface, options: Options) -> tuple[Tensor, MemoryState]:
     return steps_of(_compiled_step())(state, interface, **options)
 

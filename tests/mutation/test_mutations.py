@@ -37,8 +37,8 @@ MUTATIONS = [
     Mutation(
         "a row that pooled to zero is no longer uniform",
         "memkern/reference/routing.py",
-        "probs = torch.where(zero_rows[:, None], uniform, routed)",
-        "probs = routed",
+        "zero_rows = (x.detach().abs() < ZERO_ROW).all(1)",
+        "zero_rows = (x.detach().abs() < 0.0).all(1)",
         f"{ROUTING}::test_zero_rows_are_uniform_and_send_no_gradient",
     ),
     Mutation(
