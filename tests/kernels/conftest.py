@@ -19,11 +19,11 @@ def toolchain(request: pytest.FixtureRequest) -> aot.Toolchain:
 
 # What is open, by test: named here and in the README's status, and expected to fail until the tiles are smaller.
 OPEN = {
-    "test_nvcc.py::test_compiles_without_spills[routing/forward.cu-80]": "4 bytes of six forward kernels spill on sm_80",
+    "test_nvcc.py::test_compiles_without_spills[routing/forward.cu-80]": "six forward kernels spill 4 bytes on sm_80",
     "test_nvcc.py::test_compiles_without_spills[routing/row_ops.cu-100]": "a row kernel spills on sm_100",
     "test_cosine_topk.py::test_no_kernel_spills[installed]": "scans of odd widths and the norms' backward spill",
-    "test_cosine_topk.py::test_no_kernel_spills[alternative]": "scans of odd widths and the norms' backward spill",
-    "test_cosine_topk.py::test_the_scan_runs_on_tensor_cores[alternative]": "a configuration spills under Triton 3.6",
+    "test_cosine_topk.py::test_no_kernel_spills[alternative]": "one configuration does not compile under Triton 3.6",
+    "test_cosine_topk.py::test_the_scan_runs_on_tensor_cores[alternative]": "one configuration does not compile under Triton 3.6",
     "test_memory.py::test_no_kernel_spills[installed]": "wide slots and odd sizes spill up to 128 bytes",
     "test_memory.py::test_no_kernel_spills[alternative]": "wide slots and odd sizes spill up to 128 bytes",
 }
@@ -33,4 +33,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         reason = OPEN.get(item.nodeid.removeprefix("tests/kernels/"))
         if reason is not None:
-            item.add_marker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=False))
+            item.add_marker(pytest.mark.xfail(reason=reason, raises=(AssertionError, RuntimeError), strict=False))
