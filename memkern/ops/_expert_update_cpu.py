@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from memkern.ops._cpu_gemm import by_onednn, onednn_linear
+from memkern.ops._library import accumulator
 
 # Rows that go through forward at once: enough for full speed, few enough that what a product writes is in the cache
 # when it is read, and that a fresh buffer stays below 32 MiB, where the allocator would hand out untouched pages.
@@ -37,11 +38,6 @@ def _product_dtype(states: Tensor, hiddens: Tensor, gate_weight: Tensor, update_
         return torch.float64
     low = all(t.dtype == torch.bfloat16 for t in (states, hiddens, gate_weight, update_weight))
     return torch.bfloat16 if low else torch.float32
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """What ``x`` is computed in: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def saved_dtype(states: Tensor, *others: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("memkern", "FRAGMENT")
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -56,3 +57,8 @@ def needs_reference() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """What ``x`` is computed in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

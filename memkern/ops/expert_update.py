@@ -24,9 +24,8 @@ from torch import Tensor
 from memkern import backends
 from memkern.ops import _checks, _expert_update_cpu
 from memkern.ops._autograd import differentiable_backward, gradient_needed
-from memkern.ops._expert_update_cpu import accumulator as _accumulator
 from memkern.ops._expert_update_cpu import saved_dtype
-from memkern.ops._library import LIBRARY, define, needs_reference
+from memkern.ops._library import LIBRARY, accumulator, define, needs_reference
 from memkern.reference import expert_update as reference
 
 __all__ = ["aggregate_experts", "gather_slots", "scatter_slots", "update_experts"]
@@ -70,7 +69,7 @@ def _update_bwd_fake(
     need_probs: bool,
     need_params: bool,
 ) -> tuple[Tensor, ...]:
-    f, none = _accumulator(states), (0,)
+    f, none = accumulator(states), (0,)
     biases = gate_weight.shape[:2] if need_params else none
     return (
         states.new_empty(states.shape if need_states else none),
@@ -109,7 +108,7 @@ _AGGREGATE_BWD = define(
     "(Tensor d_states, Tensor d_probs)",
     lambda grad, states, probs, need_states, need_probs: (
         states.new_empty(states.shape if need_states else (0,)),
-        probs.new_empty(probs.shape if need_probs else (0,), dtype=_accumulator(states)),
+        probs.new_empty(probs.shape if need_probs else (0,), dtype=accumulator(states)),
     ),
     column="expert_update",
 )
@@ -138,7 +137,7 @@ _SCATTER_BWD = define(
     lambda grad, input_ids, slot_ids, need_sequence, need_slots: (
         grad.new_empty(grad.shape if need_sequence else (0,)),
         grad.new_empty(
-            (grad.shape[0], slot_ids.shape[0], grad.shape[2]) if need_slots else (0,), dtype=_accumulator(grad)
+            (grad.shape[0], slot_ids.shape[0], grad.shape[2]) if need_slots else (0,), dtype=accumulator(grad)
         ),
     ),
     column="expert_update",

@@ -24,16 +24,12 @@ from torch import Tensor
 from memkern import backends
 from memkern.ops import _checks
 from memkern.ops._autograd import differentiable_backward, gradient_needed
-from memkern.ops._library import define, needs_reference
+from memkern.ops._library import accumulator, define, needs_reference
 from memkern.reference import retrieval as reference
 
 __all__ = ["fuse_sources", "retrieved_attention", "span_loss"]
 
 MAX_SOURCES = 16
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 _ATTENTION_FWD = define(
@@ -42,7 +38,7 @@ _ATTENTION_FWD = define(
     "(Tensor out, Tensor lse)",
     lambda queries, keys, values, indices, mask, scale: (
         queries.new_empty(queries.shape),
-        queries.new_empty(queries.shape[:3], dtype=_accumulator(queries)),
+        queries.new_empty(queries.shape[:3], dtype=accumulator(queries)),
     ),
     column="retrieval",
 )
@@ -77,8 +73,8 @@ _SPAN_FWD = define(
     "(Tensor start_logits, Tensor end_logits, Tensor start_positive, Tensor end_positive, Tensor valid, "
     "Tensor document) -> (Tensor loss, Tensor stats)",
     lambda start_logits, end_logits, start_positive, end_positive, valid, document: (
-        start_logits.new_empty((), dtype=_accumulator(start_logits)),
-        start_logits.new_empty((4, document.shape[0]), dtype=_accumulator(start_logits)),
+        start_logits.new_empty((), dtype=accumulator(start_logits)),
+        start_logits.new_empty((4, document.shape[0]), dtype=accumulator(start_logits)),
     ),
     column="retrieval",
 )

@@ -23,7 +23,7 @@ from memkern import backends
 from memkern.ops import _checks
 from memkern.ops._autograd import differentiable_backward, gradient_needed
 from memkern.ops._collectives import global_sum
-from memkern.ops._library import define, needs_reference
+from memkern.ops._library import accumulator, define, needs_reference
 from memkern.reference import routing as reference
 from memkern.reference.routing import Routing
 
@@ -33,10 +33,6 @@ POOLINGS = ("mean", "max", "attention")
 MAX_EXPERTS = 256
 _POOLING_CODE = {"mean": 0, "max": 1, "attention": 2}
 _OFF = float("inf")
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _route_experts_fwd_fake(
@@ -53,7 +49,7 @@ def _route_experts_fwd_fake(
     save: bool,
 ) -> tuple[Tensor, ...]:
     rows, slots, width = hiddens.shape
-    experts, f = weight.shape[0], _accumulator(hiddens)
+    experts, f = weight.shape[0], accumulator(hiddens)
     empty = hiddens.new_empty((0,), dtype=f)
     saved_pool = empty
     if save and slots != 1:
@@ -95,7 +91,7 @@ def _route_experts_bwd_fake(
     need_params: bool,
     need_temperature: bool,
 ) -> tuple[Tensor, ...]:
-    width, experts, f = hiddens.shape[2], weight.shape[0], _accumulator(hiddens)
+    width, experts, f = hiddens.shape[2], weight.shape[0], accumulator(hiddens)
     return (
         hiddens.new_empty(hiddens.shape if need_hiddens else (0,)),
         weight.new_empty((experts, width) if need_params else (0,)),
@@ -134,14 +130,14 @@ _SOFTMAX_BWD = define(
     "(Tensor d_logits, Tensor d_temperature)",
     lambda grad, logits, temperature, temperature_value, clamp, need_temperature: (
         logits.new_empty(logits.shape),
-        logits.new_empty(() if need_temperature else (0,), dtype=_accumulator(logits)),
+        logits.new_empty(() if need_temperature else (0,), dtype=accumulator(logits)),
     ),
     column="routing",
 )
 _ENTROPY_FWD = define(
     "routing_entropy_fwd",
     "(Tensor probs) -> Tensor",
-    lambda probs: probs.new_empty(probs.shape[:-1], dtype=_accumulator(probs)),
+    lambda probs: probs.new_empty(probs.shape[:-1], dtype=accumulator(probs)),
     column="routing",
 )
 _ENTROPY_BWD = define(
@@ -154,8 +150,8 @@ _BALANCE_FWD = define(
     "load_balance_loss_fwd",
     "(Tensor probs, Tensor? row_mask) -> (Tensor loss, Tensor loss_weights)",
     lambda probs, row_mask: (
-        probs.new_empty((), dtype=_accumulator(probs)),
-        probs.new_empty((probs.shape[1],), dtype=_accumulator(probs)),
+        probs.new_empty((), dtype=accumulator(probs)),
+        probs.new_empty((probs.shape[1],), dtype=accumulator(probs)),
     ),
     column="routing",
 )
