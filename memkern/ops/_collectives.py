@@ -38,7 +38,9 @@ class _GatherRanks(torch.autograd.Function):
 
         ctx.world_size = torch.distributed.get_world_size(group)
         ctx.rank = torch.distributed.get_rank(group)
-        return collectives.wait_tensor(collectives.all_gather_tensor(local[None].contiguous(), 0, group))
+        # Newer releases call it so; the older name warns there.
+        gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+        return collectives.wait_tensor(gather(local[None].contiguous(), 0, group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from transformers import LlamaConfig
 
 from memkern.models.hybrid import HybridTransformerConfig, HybridTransformerModel
-
-
-def work(rank, folder):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    train(rank, folder)
-    # DDP's reducer is gone here and both ranks are done: a group taken down beside a live reducer can hang.
-    dist.barrier()
-    dist.destroy_process_group()
+from memkern.testing import distributed
 
 
 def train(rank, folder):
@@ -43,7 +30,7 @@ def train(rank, folder):
 
 
 def test_ranks_take_different_branches_and_stay_equal(tmp_path):
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    distributed.spawn(train, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     assert first.isfinite().all()

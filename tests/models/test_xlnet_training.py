@@ -161,6 +161,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.distributed.fsdp import fully_shard
 from transformers import XLNetConfig
 from memkern.models import GMMXLNetConfig, GMMXLNetForQA
+from memkern.testing.distributed import leave
 
 torch.set_num_threads(1)
 rank = int(sys.argv[1])
@@ -200,8 +201,8 @@ sharded(**inputs(mine)).loss.backward()
 for name, p in sharded.named_parameters():
     if name in expected and p.grad is not None:
         torch.testing.assert_close(p.grad.full_tensor(), expected[name], atol=1e-5, rtol=1e-4)
-dist.destroy_process_group()
 print("done")
+leave()
 """
 
 

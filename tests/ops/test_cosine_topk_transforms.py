@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import memkern
 from memkern.ops import cosine_topk, inverse_norms
+from memkern.testing import distributed
 
 
 @pytest.fixture(autouse=True)
@@ -129,8 +128,6 @@ def test_checkpointing_and_inference_mode(backend: Any) -> None:
 
 
 def _rank(rank: int, folder: str, backend: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     q, x, valid = torch.load(f"{folder}/inputs.pt", weights_only=True)
     rows = slice(0, 30) if rank == 0 else slice(30, 71)
     queries, local = q.clone().requires_grad_(), x[rows].clone().requires_grad_()
@@ -150,7 +147,6 @@ def _rank(rank: int, folder: str, backend: str) -> None:
         },
         f"{folder}/{rank}.pt",
     )
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])
@@ -165,12 +161,7 @@ def test_sharded_search(name: str, tmp_path: Path) -> None:
     valid = torch.rand(71) > 0.2
     valid[[3, 40]] = True
     torch.save((q, x, valid), tmp_path / "inputs.pt")
-    interpret = os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        mp.spawn(_rank, args=(str(tmp_path), name), nprocs=2)
-    finally:
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
+    distributed.spawn(_rank, str(tmp_path), name)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     queries, database = q.requires_grad_(), x.requires_grad_()
     whole = cosine_topk(queries, database, 9, valid=valid, backend=name)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import memkern
 from memkern.ops import load_balance_loss, route_experts, routing_entropy, temperature_softmax
+from memkern.testing import distributed
 
 
 def inputs(device: str, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -156,9 +155,7 @@ def test_checkpointing_and_inference_mode(backend: Any) -> None:
         assert torch.equal(loss(x, w, b), loss(x, w, b))
 
 
-def _rank(rank: int, folder: str, backend: str, results: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank: int, folder: str, backend: str) -> None:
     x, w, mask = torch.load(f"{folder}/inputs.pt", weights_only=True)
     rows = slice(0, 3) if rank == 0 else slice(3, 8)
     weight = torch.nn.Parameter(w.clone())
@@ -171,9 +168,8 @@ def _rank(rank: int, folder: str, backend: str, results: str) -> None:
     dist.all_reduce(grad)
     torch.save(
         {"loss": result.load_balance_loss.detach(), "own": own, "weight": grad / 2, "hiddens": local.grad / 2},
-        f"{results}/{rank}.pt",
+        f"{folder}/{rank}.pt",
     )
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])
@@ -185,12 +181,7 @@ def test_loss_of_the_global_batch(name: str, tmp_path: Path) -> None:
     x[4] = 0
     mask = torch.tensor([True, True, False, True, True, True, True, False])
     torch.save((x, w, mask), tmp_path / "inputs.pt")
-    interpret = os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        mp.spawn(_rank, args=(str(tmp_path), name, str(tmp_path)), nprocs=2)
-    finally:
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
+    distributed.spawn(_rank, str(tmp_path), name)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     hiddens, weight = x.requires_grad_(), w.requires_grad_()
     whole = route_experts(hiddens, weight, row_mask=mask, temperature=0.5, backend="reference").load_balance_loss

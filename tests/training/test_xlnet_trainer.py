@@ -235,6 +235,7 @@ WORKER = """
 import json, sys
 import torch
 from memkern.data.squad import SquadExample
+from memkern.testing.distributed import leave
 from memkern.training import GMMTrainingConfig, XLNetRecurrentTrainer
 torch.set_num_threads(1)
 job = json.loads(open(sys.argv[1]).read())
@@ -246,7 +247,7 @@ trainer.train()
 scores = trainer.evaluate()
 if trainer.accelerator.is_main_process:
     torch.save({"weights": trainer.model.state_dict(), "scores": scores}, job["result"])
-torch.distributed.destroy_process_group()
+leave()
 """
 
 
