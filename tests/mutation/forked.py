@@ -1,6 +1,7 @@
 """Runs pytest again and again in forks of one process, which has imported what takes long: torch and triton.
 
-A line of standard input is one run: its arguments as a JSON list. A line of standard output is its end: exit code, text.
+A line of standard input is one run: its arguments as a JSON list. A line of standard output answers it: the exit code
+and what was said.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import tempfile
 
 import pytest
-import torch._dynamo
+import torch._dynamo  # noqa: F401
 import triton.runtime.interpreter  # noqa: F401
 
 
