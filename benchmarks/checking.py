@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memkern.testing.compare import Comparison, compare, flatten, to_double
+from memkern.testing.compare import Comparison, compare, flatten, nudge, to_double
 
 from .registry import Function, OpSpec
 
@@ -70,7 +70,7 @@ class Truth:
     def __init__(self, spec: OpSpec, arguments: dict[str, Any]) -> None:
         self.spec = spec
         self.arguments = arguments
-        self._doubled = {name: to_double(value) for name, value in arguments.items()}
+        self._doubled = to_double(arguments)
         truth, baseline = named_outputs(spec.reference(**self._doubled)), named_outputs(spec.reference(**arguments))
         self.names = list(truth)
         generator = torch.Generator().manual_seed(17)
@@ -113,7 +113,8 @@ class Truth:
     def _output(self, name: str, outputs: dict[str, Tensor], rounder: bool) -> Comparison:
         if name in self.spec.judges:
             return self.spec.judges[name](outputs, self.truth, self.arguments)
-        return self._compare(name, outputs[name].detach(), self.truth[name], self.baseline[name], rounder)
+        actual, truth, baseline = outputs[name].detach(), self.truth[name], self.baseline[name]
+        return self._compare(name, actual, truth, baseline, rounder, lambda: self._nudged(())[name])
 
     def _check_gradients(self, outputs: dict[str, Tensor], rounder: bool) -> list[Comparison]:
         lost = [name for name in self.cotangents if name in outputs and not outputs[name].requires_grad]
@@ -124,7 +125,10 @@ class Truth:
             return []
         actual = pull_back(outputs, self.arguments, {name: self.cotangents[name] for name in names})
         truth, baseline = self._true_gradients(names)
-        return [self._compare(name, grad, truth[name], baseline[name], rounder) for name, grad in actual.items()]
+        return [
+            self._compare(name, grad, truth[name], baseline[name], rounder, lambda name=name: self._nudged(names)[name])  # type: ignore[misc]
+            for name, grad in actual.items()
+        ]
 
     def _true_gradients(self, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if names not in self._gradients:
@@ -136,9 +140,25 @@ class Truth:
             self._gradients[names] = truth, baseline
         return self._gradients[names]
 
-    def _compare(self, name: str, actual: Tensor, truth: Tensor, baseline: Tensor, rounder: bool) -> Comparison:
+    def _nudged(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Outputs, or the gradients of those ``names``, on inputs that are one rounding away."""
+        arguments = nudge(self.arguments)
+        outputs = named_outputs(self.spec.reference(**arguments))
+        if not names:
+            return outputs
+        return pull_back(outputs, arguments, {name: self.cotangents[name] for name in names})
+
+    def _compare(
+        self,
+        name: str,
+        actual: Tensor,
+        truth: Tensor,
+        baseline: Tensor,
+        rounder: bool,
+        nudged: Callable[[], Tensor],
+    ) -> Comparison:
         if not rounder:
-            return compare(name, actual, truth, baseline)
+            return compare(name, actual, truth, baseline, nudged=nudged)
         if actual.is_floating_point():
             actual = actual.to(baseline.dtype)
         held = compare(name, actual, truth, baseline)

@@ -125,7 +125,11 @@ def sharpen(weights: Tensor, gamma: float | Tensor) -> Tensor:
     exponent = gamma.to(w.dtype)[..., None] if isinstance(gamma, Tensor) else gamma
     # Below the normal numbers 1 / w overflows; such a weight counts as zero.
     positive = w >= torch.finfo(w.dtype).tiny
-    logits = exponent * torch.log(torch.where(positive, w, 1.0))
+    logs = torch.log(torch.where(positive, w, 1.0))
+    # Shifted by a constant, the sum that is gamma's gradient cancels less.
+    logits = exponent * (
+        logs - torch.where(positive, logs, -math.inf).amax(-1, keepdim=True).detach().nan_to_num(neginf=0.0)
+    )
     present = positive.any(-1, keepdim=True)
     logits = torch.where(positive, logits, torch.where(present, -math.inf, 0.0))
     sharpened = torch.where(present, torch.softmax(logits, -1), 0.0)
