@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+_FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
+_SLOW_TO_IMPORT = ("torch.distributed.fsdp", "torch._dynamo", "transformers.generation", "transformers.modeling_utils")
+
 
 def leave() -> NoReturn:
     """Wait for the other ranks, then end this process at once.
@@ -38,12 +41,22 @@ def spawn(function: Callable[..., None], *arguments: Any, world_size: int = 2) -
 
     ``function`` stands at the top of a module, and its arguments are pickled. The processes run one thread each and
     without Triton's interpreter. The first one that fails is raised here with its traceback.
+
+    Where the system can, they are forks of one server with an environment of its first call: it has imported torch
+    and transformers, which takes a new interpreter longer than most functions run.
     """
+    context = multiprocessing.get_context("forkserver" if _FORKSERVER else "spawn")
+    if _FORKSERVER:
+        context.set_forkserver_preload(list(_SLOW_TO_IMPORT))
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder, "store"))
-            multiprocessing.spawn(_rank, args=(function, world_size, store, arguments), nprocs=world_size)
+            multiprocessing.start_processes(
+                _rank,
+                args=(function, world_size, str(Path(folder, "store")), arguments),
+                nprocs=world_size,
+                start_method=context.get_start_method(),
+            )
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret

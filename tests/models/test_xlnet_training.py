@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from memkern.models import GMMXLNetForQA
+from memkern.models import GMMXLNetConfig, GMMXLNetForQA
 from memkern.nn import ExpertUpdater, MemoryController
+from memkern.testing import distributed
 
 
 def gradients(model: Any, segments: list[dict[str, Any]]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -154,71 +155,42 @@ def test_autocast_keeps_states_in_the_dtype_of_the_memory(base: Any, segment: An
     assert out.loss.isfinite()
 
 
-PROGRAM = """
-import os, sys, torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.distributed.fsdp import fully_shard
-from transformers import XLNetConfig
-from memkern.models import GMMXLNetConfig, GMMXLNetForQA
-from memkern.testing.distributed import leave
-
-torch.set_num_threads(1)
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-sizes = dict(vocab_size=60, d_model=32, n_layer=1, n_head=4, d_inner=48, dropout=0.0)
-
-def make():
-    torch.manual_seed(0)
-    config = GMMXLNetConfig(num_experts=2, memory_slots=3, load_balance_weight=0.0, **sizes)  # the mean of the halves
-    return GMMXLNetForQA(config).train()
-
-def inputs(rows):
+def halves(rows: slice) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(6, 60, (4, 2, 10), generator=generator)
     spans = torch.randint(0, 10, (2, 4, 2), generator=generator)
-    return dict(input_ids=ids[rows], start_positions=spans[0][rows], end_positions=spans[1][rows])
-
-mine = slice(2 * rank, 2 * rank + 2)
-single = make()
-single(**inputs(slice(0, 4))).loss.backward()
-expected = {n: p.grad for n, p in single.named_parameters() if p.grad is not None}
-ddp = DistributedDataParallel(make())
-for _ in range(2):  # a parameter without gradient would stop the second step
-    ddp.zero_grad()
-    ddp(**inputs(mine)).loss.backward()
-for name, p in ddp.module.named_parameters():
-    torch.testing.assert_close(p.grad, expected.get(name, torch.zeros_like(p)), atol=1e-5, rtol=1e-4)
-one = {name: value[:, 0] for name, value in inputs(mine).items()}
-for _ in range(2):  # a single segment uses least
-    ddp(**one).loss.backward()
-sharded = make()
-mesh = dist.init_device_mesh("cpu", (2,))
-for layer in sharded.transformer.layer:
-    fully_shard(layer, mesh=mesh)
-fully_shard(sharded, mesh=mesh)
-sharded(**inputs(mine)).loss.backward()
-for name, p in sharded.named_parameters():
-    if name in expected and p.grad is not None:
-        torch.testing.assert_close(p.grad.full_tensor(), expected[name], atol=1e-5, rtol=1e-4)
-print("done")
-leave()
-"""
+    return {"input_ids": ids[rows], "start_positions": spans[0][rows], "end_positions": spans[1][rows]}
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one_under_ddp_and_fsdp2(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, str(program)]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meet")], env=environment, stdout=-1, stderr=-1, text=True
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        out, error = worker.communicate(timeout=240)
-        assert worker.returncode == 0, error[-3000:]
-        assert "done" in out
+def equal_one(rank: int) -> None:
+    def make() -> GMMXLNetForQA:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 60, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48, "dropout": 0.0}
+        # No load balance: the mean of the halves' losses is the whole's.
+        return GMMXLNetForQA(GMMXLNetConfig(num_experts=2, memory_slots=3, load_balance_weight=0.0, **sizes)).train()
+
+    mine = halves(slice(2 * rank, 2 * rank + 2))
+    single = make()
+    single(**halves(slice(0, 4))).loss.backward()
+    expected = {name: p.grad for name, p in single.named_parameters() if p.grad is not None}
+    ddp = DistributedDataParallel(make())
+    for _ in range(2):  # a parameter without gradient would stop the second step
+        ddp.zero_grad()
+        ddp(**mine).loss.backward()
+    for name, p in ddp.module.named_parameters():
+        torch.testing.assert_close(p.grad, expected.get(name, torch.zeros_like(p)), atol=1e-5, rtol=1e-4)
+    for _ in range(2):  # a single segment uses least
+        ddp(**{name: value[:, 0] for name, value in mine.items()}).loss.backward()
+    sharded = make()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.transformer.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    sharded(**mine).loss.backward()
+    for name, p in sharded.named_parameters():
+        if name in expected and p.grad is not None:
+            torch.testing.assert_close(p.grad.full_tensor(), expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_equal_one_under_ddp_and_fsdp2() -> None:
+    distributed.spawn(equal_one)

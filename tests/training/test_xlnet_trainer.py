@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 import torch
 
 from memkern.data.squad import SquadExample
+from memkern.testing import distributed
 from memkern.training import GMMTrainingConfig, TrainingConfig, gmm_small_config
 
 pytest.importorskip("transformers")
@@ -231,24 +229,16 @@ def test_bad_settings(questions: list[SquadExample], settings: Settings, tmp_pat
         trainer_for(gmm_small_config(**settings()), [*questions, *broken]).train()
 
 
-WORKER = """
-import json, sys
-import torch
-from memkern.data.squad import SquadExample
-from memkern.testing.distributed import leave
-from memkern.training import GMMTrainingConfig, XLNetRecurrentTrainer
-torch.set_num_threads(1)
-job = json.loads(open(sys.argv[1]).read())
-for question in job["questions"]:
-    question.update(answers=tuple(question["answers"]), answer_starts=tuple(question["answer_starts"]))
-questions = [SquadExample(**question) for question in job["questions"]]
-trainer = XLNetRecurrentTrainer(GMMTrainingConfig(**job["fields"]), train_dataset=questions, eval_dataset=questions)
-trainer.train()
-scores = trainer.evaluate()
-if trainer.accelerator.is_main_process:
-    torch.save({"weights": trainer.model.state_dict(), "scores": scores}, job["result"])
-leave()
-"""
+def train_on_two(rank: int, fields: dict[str, Any], questions: list[SquadExample], result: Path) -> None:
+    # As torchrun does; the group is there, so that nobody meets at the address.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    trainer = trainer_for(GMMTrainingConfig(**fields), questions)
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    scores = trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        torch.save({"weights": trainer.model.state_dict(), "scores": scores}, result)
 
 
 def test_two_processes_equal_one_that_accumulates(
@@ -263,33 +253,7 @@ def test_two_processes_equal_one_that_accumulates(
     some = questions[:8]
     alone = trainer_for(GMMTrainingConfig(**(fields | {"gradient_accumulation_steps": 2})), some)
     alone.train()
-    job = {
-        "fields": fields | {"output_dir": str(tmp_path / "two")},
-        "questions": [vars(question) for question in some],
-        "result": str(tmp_path / "result.pt"),
-    }
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    (tmp_path / "worker.py").write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    root = str(Path(__file__).parents[2])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    environment = os.environ | common | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path / "job.json")]
-    workers = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=240)
-            assert worker.returncode == 0, errors[-3000:]
-    finally:
-        for worker in workers:
-            worker.kill()
+    distributed.spawn(train_on_two, fields | {"output_dir": str(tmp_path / "two")}, some, tmp_path / "result.pt")
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     for name, value in weights(alone).items():
         torch.testing.assert_close(
