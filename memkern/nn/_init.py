@@ -40,6 +40,24 @@ class ZeroLinear(nn.Linear):
             init.zeros_(self.bias)
 
 
+class KeepLinear(nn.Linear):
+    """The pre-activation of a gate that starts rather shut, so that a fresh memory keeps most of what it holds.
+
+    A gate that starts half open halves what is stored at every step, and what a memory loses it cannot learn to use:
+    the forget bias of LSTMs (Gers et al. 2000; Jozefowicz et al. 2015), seen from the input.
+    """
+
+    KEEP_BIAS = -1.0
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.draw(nn.init)
+
+    def draw(self, init: Any) -> None:
+        """The bias alone; the weights are drawn as those of any Linear."""
+        init.constant_(self.bias, self.KEEP_BIAS)
+
+
 class ExpertList(nn.ParameterList):
     """k parameters (S, D), each drawn by its own strategy."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memkern.nn import _checks
+from memkern.nn._init import KeepLinear
 from memkern.nn._stacked import pack, stacked
 from memkern.ops.expert_update import update_experts
 
@@ -16,8 +17,8 @@ from memkern.ops.expert_update import update_experts
 class ExpertUpdater(nn.Module):
     """M_j' = a u + (1 - a) M_j with g = sigmoid(Wg_j [M_j; h]), u = tanh(Wu_j [M_j; h]) and a = p_j g.
 
-    p_j = 0 keeps an expert bit for bit. All experts are updated by one operator over the stacked weights; the layers
-    themselves keep their own names in a checkpoint.
+    p_j = 0 keeps an expert bit for bit. Gates start rather shut (bias -1). All experts are updated by one operator over
+    the stacked weights; the layers themselves keep their own names in a checkpoint.
 
     Args:
         hidden_dim: D.
@@ -41,7 +42,7 @@ class ExpertUpdater(nn.Module):
         self.hidden_dim = _checks.positive("hidden_dim", hidden_dim)
         self.num_experts = _checks.num_experts(num_experts, max_experts)
         self.backend = backend
-        self.gate_networks = nn.ModuleList(nn.Linear(2 * hidden_dim, hidden_dim) for _ in range(num_experts))
+        self.gate_networks = nn.ModuleList(KeepLinear(2 * hidden_dim, hidden_dim) for _ in range(num_experts))
         self.update_networks = nn.ModuleList(nn.Linear(2 * hidden_dim, hidden_dim) for _ in range(num_experts))
         self.pack()
 

@@ -82,6 +82,9 @@ def test_a_plain_checkpoint_gets_the_same_finite_memory_twice(base: Any, bare: b
         assert torch.equal(value, second[name]), name
         assert value.isfinite().all(), name
         assert value.abs().max() < 10, name
+        if name.endswith(".bias") and ("gate_networks" in name or "memory_gate" in name):
+            assert torch.equal(value, torch.full_like(value, -1.0)), name  # gates that keep
+            continue
         zero = name.endswith(".bias") or "memory_fusion.output" in name
         assert bool(value.any()) != zero, name
     torch.manual_seed(11)

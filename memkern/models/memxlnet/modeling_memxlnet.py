@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from memkern.models._xlnet import tokens
 from memkern.models._xlnet.model import MemoryXLNet, SegmentResult, init
 from memkern.models.memxlnet.configuration_memxlnet import MemXLNetConfig
+from memkern.nn._init import KeepLinear
 from memkern.nn.controller import MemoryController, temporal_links
 from memkern.nn.fusion import MemoryFusion
 from memkern.nn.state import map_state
@@ -50,7 +51,7 @@ class MemXLNetForQA(MemoryXLNet):
             if config.memory_init == "learned" and not unread:
                 self.learned_memory = nn.Parameter(torch.empty(count, width))
             if config.memory_update == "gated":
-                self.memory_gate = nn.Linear(2 * width, width)
+                self.memory_gate = KeepLinear(2 * width, width)
                 self.memory_update_net = nn.Linear(2 * width, width)
             if self._needs_write_tokens:
                 self.memory_write_embeddings = nn.Parameter(torch.empty(count, width))
