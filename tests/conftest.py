@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,8 @@ if "TRITON_INTERPRET" not in os.environ and not any(Path(p).exists() for p in _G
     os.environ["TRITON_INTERPRET"] = "1"
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-if _WORKER and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-    # Two workers that compile the same graph at once would write the same files.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
-        Path(tempfile.gettempdir()) / f"memkern-inductor-{os.getuid()}-{_WORKER}"
-    )
+if _WORKER:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the workers share the cores
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -31,7 +27,7 @@ import memkern  # noqa: E402
 from memkern.testing.poison import poisoned  # noqa: E402
 
 if _WORKER:
-    torch.set_num_threads(1)  # the workers share the cores
+    torch.set_num_threads(1)
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
