@@ -41,7 +41,7 @@ class RecallSettings:
     batch_documents: int = 4
     batch_questions: int = 16  # of each document
     sure: float = 0.97  # running accuracy at which the learning rate starts to fall
-    retriever_steps: int = 800  # at most, until then
+    retriever_steps: int = 2500  # at most, until then
     anneal_steps: int = 200
     contrastive_weight: float = 0.3
     contrastive_temperature: float = 0.05
