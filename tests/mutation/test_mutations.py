@@ -36,7 +36,7 @@ ROUTING = "tests/ops/test_routing.py"
 EXPERTS = "tests/ops/test_expert_update.py"
 RETRIEVAL = "tests/ops/test_retrieval.py"
 MEMORY, MEMORY_PARTS = "tests/ops/test_memory.py", "tests/ops/test_memory_parts.py"
-SEARCH = "tests/ops/test_cosine_topk.py"
+SEARCH = "tests/ops/test_cosine_topk"
 MUTATIONS = [
     Mutation(
         "a row that pooled to zero is no longer uniform",
@@ -185,21 +185,21 @@ MUTATIONS = [
         "memkern/reference/cosine_topk.py",
         "order = keys.sort(dim=-1, descending=True, stable=True).indices[..., :k]",
         "order = keys.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :k].neg() + keys.shape[-1] - 1",
-        f"{SEARCH}::test_ties_go_to_the_lower_index",
+        f"{SEARCH}.py::test_ties_go_to_the_lower_index",
     ),
     Mutation(
         "a score that equals min_score is dropped",
         "memkern/reference/cosine_topk.py",
         "(block >= torch.full(",
         "(block > torch.full(",
-        f"{SEARCH}::test_min_score_keeps_an_equal_score",
+        f"{SEARCH}_filters.py::test_min_score_keeps_an_equal_score",
     ),
     Mutation(
         "given inverse norms scale the gradient of the rows",
         "memkern/reference/cosine_topk.py",
         "rows = _with_gradient_of(rows, rows, ratio[..., None])",
         "rows = rows * 1",
-        f"{SEARCH}::test_gradients_with_filters_and_given_norms",
+        f"{SEARCH}_gradients.py::test_gradients_with_filters_and_given_norms",
         "cpp",
     ),
     Mutation(
@@ -207,7 +207,7 @@ MUTATIONS = [
         "triton_kernels/cosine_topk/_scan.py",
         "low = upper - 2.0 * half",
         "low = upper + 2.0 * half",
-        f"{SEARCH}::test_near_ties",
+        f"{SEARCH}.py::test_near_ties",
         "triton_interp",
     ),
     Mutation(
@@ -215,7 +215,7 @@ MUTATIONS = [
         "triton_kernels/cosine_topk/_scan.py",
         "        tl.store(flagged + index, 1)\n",
         "        tl.store(flagged + index, 0)\n",
-        f"{SEARCH}::test_one_row_many_times",
+        f"{SEARCH}.py::test_one_row_many_times",
         "triton_interp",
     ),
     Mutation(

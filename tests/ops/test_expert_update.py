@@ -90,7 +90,8 @@ def test_dtypes_with_mask(backend: Any, dtype: torch.dtype, save: str) -> None:
         pytest.skip(f"{backend.id} declines {dtype}")
     mask = torch.tensor([True, False, True], device=backend.device)
     matches(backend, arguments(backend, SHAPES["odd"], dtype, row_mask=mask, save=save))
-    matches(backend, arguments(backend, SHAPES["wide"], dtype, bias=False, save=save))
+    if not backend.slow or dtype == torch.bfloat16:
+        matches(backend, arguments(backend, SHAPES["wide"], dtype, bias=False, save=save))
 
 
 def test_one_bias(backend: Any) -> None:
