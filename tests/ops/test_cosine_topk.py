@@ -232,5 +232,5 @@ def test_no_wrong_neighbour_in_larger_databases(count: int) -> None:
         pytest.skip("backend cpp is not here")
     from memkern.benchmarks.systems import search_exactness
 
-    for name, dtype, _, wrong, _ in search_exactness.check(30_000, 24, (count,), 10, "cpp"):
-        assert wrong == 0, f"{wrong} wrong neighbours in the {name} database, {dtype}"
+    for verdict in search_exactness.check(30_000, 24, (count,), 10, "cpp"):
+        assert verdict.wrong == verdict.other_bits == 0, verdict
