@@ -72,10 +72,26 @@ void pack(const float* queries, int64_t count, int64_t stride, int64_t width, vo
   }
 }
 
-// One row in the scan's type, padded with zeros; returns the sum of its squares.
-template <class T>
-MK_INLINE float bring(const T* from, int64_t width, Element32* to) {
+#if defined(MK_DOT_BF16)
+// What rounding takes from 32 values, squared, is added to the sums.
+MK_INLINE void add_lost(VecF a, VecF b, __m512i rounded, VecF (&sums)[2]) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rounded));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rounded, 1));
+  const VecF c = a - VecF((VecF::raw)_mm512_slli_epi32(low, 16)), d = b - VecF((VecF::raw)_mm512_slli_epi32(high, 16));
+  sums[0] = fma(c, c, sums[0]);
+  sums[1] = fma(d, d, sums[1]);
+}
+#endif
+
+struct Squares {
+  float row, lost;
+};
+
+// One row in the scan's type, padded with zeros; returns the sum of its squares and, if Measure, of its rounding's.
+template <class T, bool Measure>
+MK_INLINE Squares bring(const T* from, int64_t width, Element32* to) {
   VecF sums[4] = {VecF(0.0f), VecF(0.0f), VecF(0.0f), VecF(0.0f)};
+  VecF lost[2] = {VecF(0.0f), VecF(0.0f)};
   int64_t i = 0;
 #if defined(MK_DOT_BF16)
   if constexpr (std::is_same_v<T, bf16>) {
@@ -90,9 +106,11 @@ MK_INLINE float bring(const T* from, int64_t width, Element32* to) {
     for (; i + 64 <= width; i += 64) {
       for (int s = 0; s < 2; ++s) {
         const VecF a = load(from + i + 32 * s), b = load(from + i + 32 * s + 16);
-        _mm512_storeu_si512(to + (i + 32 * s) / 2, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
+        const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+        _mm512_storeu_si512(to + (i + 32 * s) / 2, rounded);
         sums[2 * s] = fma(a, a, sums[2 * s]);
         sums[2 * s + 1] = fma(b, b, sums[2 * s + 1]);
+        if constexpr (Measure) add_lost(a, b, rounded, lost);
       }
     }
   }
@@ -102,6 +120,10 @@ MK_INLINE float bring(const T* from, int64_t width, Element32* to) {
     const VecF a = load_n(from + i, n);
     sums[0] = fma(a, a, sums[0]);
     store_n(halves + i, a, n);
+    if constexpr (Measure && !std::is_same_v<T, bf16>) {
+      const VecF difference = a - load_n(halves + i, n);
+      lost[0] = fma(difference, difference, lost[0]);
+    }
   }
   if (width % 2) halves[width] = {0};
 #else
@@ -119,16 +141,31 @@ MK_INLINE float bring(const T* from, int64_t width, Element32* to) {
     store_n(to + i, a, n);
   }
 #endif
-  return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return {reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3])), Measure ? reduce_sum(lost[0] + lost[1]) : 0.0f};
+}
+
+template <class T, bool Measure>
+void bring_all(const T* database, int64_t stride, int64_t width, const int64_t* rows, int64_t count, Element32* tile,
+               int64_t tile_stride, float* squares, float* lost) {
+  for (int64_t r = 0; r < count; ++r) {
+    // Rows that lie apart are not what the processor fetches by itself.
+    if (r + 1 < count && rows[r + 1] != rows[r] + 1) {
+      const char* next = reinterpret_cast<const char*>(database + rows[r + 1] * stride);
+      for (int64_t i = 0; i < width * int64_t(sizeof(T)); i += 64) prefetch(next + i);
+    }
+    const Squares s = bring<T, Measure>(database + rows[r] * stride, width, tile + r * tile_stride);
+    squares[r] = s.row;
+    if constexpr (Measure) lost[r] = s.lost;
+  }
 }
 
 template <class T>
 void bring_rows(const void* database, int64_t stride, int64_t width, const int64_t* rows, int64_t count, void* tile,
-                int64_t tile_stride, float* squares) {
-  for (int64_t r = 0; r < count; ++r) {
-    squares[r] = bring(static_cast<const T*>(database) + rows[r] * stride, width,
-                       static_cast<Element32*>(tile) + r * tile_stride);
-  }
+                int64_t tile_stride, float* squares, float* lost) {
+  const auto* from = static_cast<const T*>(database);
+  auto* to = static_cast<Element32*>(tile);
+  if (lost) return bring_all<T, true>(from, stride, width, rows, count, to, tile_stride, squares, lost);
+  bring_all<T, false>(from, stride, width, rows, count, to, tile_stride, squares, lost);
 }
 
 // Lanes where x >= bound; NaN is not.
@@ -144,6 +181,15 @@ MK_INLINE uint32_t at_least(VecF x, VecF bound) {
   for (int i = 0; i < kLanes; ++i) bits |= uint32_t(x.v[i] >= bound.v[i]) << i;
   return bits;
 #endif
+}
+
+// Whether a finite score could pass one of the bounds of a panel.
+MK_INLINE bool any_open(const float* bounds, int64_t vectors) {
+  uint32_t open = 0;
+  for (int64_t v = 0; v < vectors; ++v) {
+    open |= at_least(VecF(std::numeric_limits<float>::max()), load(bounds + v * kLanes));
+  }
+  return open != 0;
 }
 
 __attribute__((noinline)) void report(const TileScan& t, VecF upper, uint32_t hits, int64_t first_query, int64_t row) {
@@ -228,7 +274,9 @@ void scan_tile(const TileScan& t) {
   const auto* panel = static_cast<const Element32*>(t.panels);
   for (int64_t v = 0; v < vectors;) {
     const int64_t wide = panel_vectors(vectors - v);
-    if (wide == 3) {
+    if (!any_open(t.bounds + v * kLanes, wide)) {
+      // Its queries have found what they look for.
+    } else if (wide == 3) {
       if constexpr (kWidestPanel == 3) scan_panel<3>(t, panel, v * kLanes, ahead);
     } else if (wide == 2) {
       scan_panel<2>(t, panel, v * kLanes, ahead);

@@ -16,7 +16,7 @@ struct TileScan {
   const float* margin;   // at most this far from the truth, as the scan measures it
   const void* panels;
   int64_t queries;
-  const float* bounds;  // one for each lane, infinite for those beyond the queries
+  const float* bounds;  // one for each lane, infinite for those that are not scanned
   const void* ahead;    // what the next tile will read
   int64_t ahead_bytes;
   void (*hit)(void* context, int64_t query, int64_t row, float upper, float lower);
@@ -24,14 +24,15 @@ struct TileScan {
 };
 
 struct ScanKernels {
-  int per_step;  // elements of a row in 32 bits
+  int per_step;      // elements of a row in 32 bits
   int lanes;         // queries are padded to a multiple of it
   int panel;         // queries that are packed together
   void (*pack)(const float* queries, int64_t count, int64_t stride, int64_t width, void* panel, double* loss);
   void (*scan)(const TileScan&);
-  // By the dtype of the database: float, bfloat16, float16.
+  // By the dtype of the database: float, bfloat16, float16. `squares`: the squared norms of the rows. `lost`, or null:
+  // those of what rounding to the scan's type took away.
   void (*bring[3])(const void* database, int64_t stride, int64_t width, const int64_t* rows, int64_t count, void* tile,
-                   int64_t tile_stride, float* squares);
+                   int64_t tile_stride, float* squares, float* lost);
 };
 
 // Pairs of bfloat16, or null where the processor or the instruction set of this namespace has no such products.

@@ -5,7 +5,6 @@
 namespace memkern::cpu::MK_NS {
 namespace {
 
-constexpr int kStreamQueries = 4;
 constexpr int kStreamRows = 4;
 constexpr int64_t kStreamAhead = 512;  // bytes between what is read and what is fetched meanwhile
 

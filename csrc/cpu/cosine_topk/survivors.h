@@ -10,45 +10,85 @@ namespace memkern::cpu::MK_NS {
 namespace {
 
 template <class A>
-struct Survivors {
-  A* upper;
-  A* lower;
-  int64_t* row;
-  int64_t count;
-  A bound;
-};
-
-template <class A>
-struct Scored {
-  A score;
+struct Entry {
+  A upper;
+  A lower;
   int64_t row;
 };
 
 template <class A>
-struct Better {
-  bool operator()(const Scored<A>& a, const Scored<A>& b) const {
-    return a.score > b.score || (a.score == b.score && a.row < b.row);
+struct Survivors {
+  Entry<A>* entries;
+  int64_t count;
+  int64_t limit;  // thinned when it has so many
+  A bound;
+};
+
+// A number of the order of floats: of the same sign, and larger for a larger value.
+template <class A>
+MK_INLINE typename Element<A>::integer ordered(A x) {
+  typename Element<A>::integer i;
+  std::memcpy(&i, &x, sizeof(A));
+  return i < 0 ? i ^ std::numeric_limits<typename Element<A>::integer>::max() : i;
+}
+template <class A>
+MK_INLINE A value_of(typename Element<A>::integer i) {
+  i = i < 0 ? i ^ std::numeric_limits<typename Element<A>::integer>::max() : i;
+  A x;
+  std::memcpy(&x, &i, sizeof(A));
+  return x;
+}
+
+// A value that at least `rank` lower ends reach, and at most `slack` more than that, unless they are equal. Counting
+// the whole list a dozen times is faster than partitioning it, which no processor predicts. `keys`: room for a number
+// of each entry, and a vector more.
+template <class A>
+__attribute__((noinline)) A value_at_rank(const Survivors<A>& list, int64_t rank, int64_t slack,
+                                          typename Element<A>::integer* keys) {
+  using I = typename Element<A>::integer;
+  using Ints = typename Vec<A>::int_raw;
+  constexpr int N = Vec<A>::N;
+  const int64_t count = list.count;
+  I low = std::numeric_limits<I>::max(), high = std::numeric_limits<I>::min();
+  for (int64_t i = 0; i < count; ++i) {
+    keys[i] = ordered(list.entries[i].lower);
+    low = std::min(low, keys[i]);
+    high = std::max(high, keys[i]);
   }
-};
+  for (int64_t i = count; i % N != 0; ++i) keys[i] = std::numeric_limits<I>::min();
+  // At least `rank` keys reach low; fewer reach high + 1.
+  while (low < high) {
+    // Rounds up, without overflow.
+    const I middle = (low >> 1) + (high >> 1) + ((low | high) & 1);
+    Ints reached{};
+    for (int64_t i = 0; i < count; i += N) {
+      Ints x;
+      std::memcpy(&x, keys + i, sizeof(x));
+      reached -= x >= middle;
+    }
+    int64_t total = 0;
+    for (int i = 0; i < N; ++i) total += reached[i];
+    if (total >= rank) {
+      low = middle;
+      if (total <= rank + slack) break;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return value_of<A>(low);
+}
 
+// Raises the bound to what `rank` entries reach, and drops those that lie below it.
 template <class A>
-struct Greater {
-  bool operator()(A a, A b) const { return a > b; }
-};
-
-// Drops what lies below the bound of the list itself. `scratch`: room for a float of each entry.
-template <class A>
-void thin(Survivors<A>& list, int64_t k, A* scratch) {
-  if (list.count < k) return;
-  std::copy(list.lower, list.lower + list.count, scratch);
-  std::nth_element(scratch, scratch + k - 1, scratch + list.count, Greater<A>());
-  if (scratch[k - 1] > list.bound) list.bound = scratch[k - 1];
+void thin(Survivors<A>& list, int64_t rank, int64_t slack, typename Element<A>::integer* keys) {
+  if (list.count < rank) return;
+  const A reached = value_at_rank(list, rank, slack, keys);
+  if (reached > list.bound) list.bound = reached;
   int64_t kept = 0;
   for (int64_t i = 0; i < list.count; ++i) {
-    list.upper[kept] = list.upper[i];
-    list.lower[kept] = list.lower[i];
-    list.row[kept] = list.row[i];
-    kept += list.upper[i] >= list.bound;
+    const Entry<A> entry = list.entries[i];
+    list.entries[kept] = entry;
+    kept += entry.upper >= list.bound;
   }
   list.count = kept;
 }
@@ -59,9 +99,13 @@ class Judge {
  public:
   using A = acc_t<T>;
 
+  // `query`: room for the one that load() reads.
   Judge(const CosineSearch& p, A* query) : p_(p), query_(query) {}
 
-  void load(int64_t search, int64_t query, int64_t padded) {
+  void load(int64_t search, int64_t query, int64_t padded) { load(search, query, padded, query_); }
+
+  void load(int64_t search, int64_t query, int64_t padded, A* to) {
+    query_ = to;
     read_query(p_.query_dtype, p_.query, search * p_.query_stride[0] + query * p_.query_stride[1], p_.width, padded,
                query_);
     scale_ = scale_query(query_, p_.width, p_.normalized);
@@ -70,11 +114,20 @@ class Judge {
   }
 
   A score(int64_t row) const {
+    A unknown = std::numeric_limits<A>::quiet_NaN();
+    return score(query_, scale_.inverse, row, unknown);
+  }
+
+  // Of a query that was loaded to another place. `inverse`: 1 / |row|, or NaN until it is known.
+  A score(const A* query, double query_inverse, int64_t row, A& inverse) const {
     const T* x = database_ + row * p_.database_stride[1];
-    const A dot = ordered_dot(query_, x, p_.width);
-    if (p_.normalized) return dot;
-    const A inverse = inverses_ ? inverses_[row] : rounded_inverse<A>(squared_norm(x, p_.width));
-    return final_score(dot, inverse, scale_.inverse, false);
+    if (p_.normalized) return ordered_dot(query, x, p_.width);
+    if (inverses_) return final_score(ordered_dot(query, x, p_.width), inverses_[row], query_inverse, false);
+    if (inverse == inverse) return final_score(ordered_dot(query, x, p_.width), inverse, query_inverse, false);
+    double squared;
+    const A dot = ordered_dot_and_norm(query, x, p_.width, squared);
+    inverse = rounded_inverse<A>(squared);
+    return final_score(dot, inverse, query_inverse, false);
   }
 
   void prefetch_row(int64_t row) const {
@@ -88,54 +141,38 @@ class Judge {
     const A least = A(p_.min_score);
     int64_t kept = 0;
     for (int64_t i = 0; i < list.count; ++i) {
-      if (i + 2 < list.count) prefetch_row(list.row[i + 2]);
-      const A s = score(list.row[i]);
-      out[kept] = {s, list.row[i]};
+      if (i + 2 < list.count) prefetch_row(list.entries[i + 2].row);
+      const int64_t row = list.entries[i].row;
+      const A s = score(row);
+      out[kept] = {s, row};
       kept += s >= least;
     }
     return kept;
   }
 
-  // Keeps the k best of the list, exactly. `unit` turns a score into what the margins are measured in.
-  void settle(Survivors<A>& list, double unit, Scored<A>* scratch) const {
+  // Keeps the `rank` best of the list, exactly. `unit` turns a score into what the margins are measured in.
+  void settle(Survivors<A>& list, int64_t rank, double unit, Scored<A>* scratch) const {
     int64_t count = score_all(list, scratch);
-    if (count > p_.k) {
-      std::nth_element(scratch, scratch + p_.k - 1, scratch + count, Better<A>());
-      count = p_.k;
+    if (count > rank) {
+      std::nth_element(scratch, scratch + rank - 1, scratch + count, Better());
+      count = rank;
     }
     A worst = std::numeric_limits<A>::infinity();
     for (int64_t i = 0; i < count; ++i) {
-      set(list, i, scratch[i], unit);
-      worst = std::min(worst, list.lower[i]);
+      list.entries[i] = known_entry(scratch[i], unit);
+      worst = std::min(worst, list.entries[i].lower);
     }
     list.count = count;
-    if (count == p_.k && worst > list.bound) list.bound = worst;
+    if (count == rank && worst > list.bound) list.bound = worst;
   }
 
-  // Entry i of the list becomes a row whose score is known.
-  static void set(Survivors<A>& list, int64_t i, Scored<A> known, double unit) {
+  // The entry of a row whose score is known.
+  static Entry<A> known_entry(Scored<A> known, double unit) {
     const double s = double(known.score) * unit;
     // Exact for a cosine. An inner product was multiplied by 1 / |q|, which costs a rounding.
     const double rounding = sizeof(A) == 4 ? 0x1p-22 : 0x1p-50;
     const double slack = unit == 1.0 || !(std::abs(s) <= 1e300) ? 0.0 : std::abs(s) * rounding;
-    list.upper[i] = A(s + slack);
-    list.lower[i] = A(s - slack);
-    list.row[i] = known.row;
-  }
-
-  void finish(Survivors<A>& list, A* scratch, Scored<A>* scored, A* scores, int64_t* indices) const {
-    thin(list, p_.k, scratch);
-    const int64_t count = score_all(list, scored), found = std::min(count, p_.k);
-    if (count > p_.k) std::nth_element(scored, scored + p_.k - 1, scored + count, Better<A>());
-    std::sort(scored, scored + found, Better<A>());
-    for (int64_t i = 0; i < found; ++i) {
-      scores[i] = scored[i].score;
-      indices[i] = scored[i].row;
-    }
-    for (int64_t i = found; i < p_.k; ++i) {
-      scores[i] = -std::numeric_limits<A>::infinity();
-      indices[i] = -1;
-    }
+    return {A(s + slack), A(s - slack), known.row};
   }
 
   double query_inverse() const { return scale_.inverse; }

@@ -1,0 +1,468 @@
+// A block of queries against the rows of one search: what search.cpp explains. Include after plan.h.
+#pragma once
+
+namespace memkern::cpu::MK_NS {
+namespace {
+
+constexpr int64_t kStreamSteps = 16;  // of each stream at a time
+// From how many queries and what k on the rounding of each row is measured: it takes time, and saves exact scores.
+constexpr int64_t kMeasuredQueries = 64, kMeasuredRank = 64;
+
+// Norms within these scan safely: squares neither overflow nor lose digits.
+template <class A>
+constexpr A kLeastSquare = sizeof(A) == 4 ? A(1e-30) : A(1e-250);
+template <class A>
+constexpr A kMostSquare = sizeof(A) == 4 ? A(1e30) : A(1e250);
+template <class A>
+constexpr A kLeastLength = sizeof(A) == 4 ? A(1e-15) : A(1e-125);
+template <class A>
+constexpr A kMostInverse = sizeof(A) == 4 ? A(1e15) : A(1e100);
+
+template <class A>
+double scan_margin(int64_t width) {
+  const double u = sizeof(A) == 4 ? 0x1p-24 : 0x1p-53;
+  return 1.01 * u * (2.0 * double(width) + 24.0);
+}
+
+// A block of queries against the rows [first, last) of one search.
+template <class T>
+class Block {
+ public:
+  using A = acc_t<T>;
+
+  Block(const CosineSearch& p, const Plan& plan)
+      : p_(p),
+        plan_(plan),
+        kernels_(plan.kernels),
+        padded_queries_((plan.block + 63) / 64 * 64),
+        query_(plan.padded),
+        judge_(p, query_.get()),
+        units_(plan.padded * (kernels_ ? kernels_->panel : kStreamQueries)),
+        bounds_(padded_queries_),
+        factors_(plan.block),
+        states_(plan.block),
+        panels_(panel_floats(plan)),
+        tile_stride_(stride_of_tile(plan.kernels, p.width)),
+        tile_(kernels_ ? (kTileRows + 1) * tile_stride_ : 1),
+        guesses_(plan.block),
+        keys_(plan.capacity + Vec<A>::N),
+        scored_(plan.capacity),
+        // The packed queries are done with by then.
+        finish_(p, plan.padded, plan.block, plan.capacity, panels_.get()) {}
+
+  // Appends the rows that may be among the k best to `lists`, one for each query of the block.
+  void scan(int64_t search, int64_t first_query, int64_t count, int64_t first, int64_t last, Survivors<A>* lists) {
+    search_ = search;
+    first_query_ = first_query;
+    count_ = count;
+    lists_ = lists;
+    database_ = static_cast<const T*>(p_.database) + search * p_.database_stride[0];
+    inverses_ = p_.inverse_norms ? static_cast<const A*>(p_.inverse_norms) + search * p_.rows : nullptr;
+    for (int64_t q = 0; q < count; ++q) {
+      lists[q].count = 0;
+      states_[q] = State::kOpen;
+    }
+    if (kernels_ == nullptr) {
+      stream_all(first, last);
+    } else {
+      scan_all(first, last, plan_.rank);
+      if (close_answered()) scan_all(first, last, p_.k);
+    }
+    for (int64_t q = 0; q < count; ++q) {
+      if (states_[q] == State::kSpecial) score_every_row(q, first, last);
+    }
+  }
+
+  // Scores what scan() found, and writes the k best of each query.
+  void finish(int64_t search, int64_t first_query, int64_t count, Survivors<A>* lists) {
+    for (int64_t q = 0; q < count; ++q) thin(lists[q], p_.k, 0, keys_.get());
+    finish_(search, first_query, count, lists);
+  }
+
+ private:
+  // A special query is scored against every row; a closed one has been answered.
+  enum class State : char { kOpen, kSpecial, kClosed };
+
+  // A sample spread over all rows first: with the bound that it leaves few of the rest are appended, whatever their
+  // order. `rank`: whose place in the sample makes the bound. With rank < k that is a guess, which close_answered()
+  // verifies.
+  void scan_all(int64_t first, int64_t last, int64_t rank) {
+    kernels_ = plan_.kernels;
+    settled_ = 0;
+    rank_ = rank;
+    prepare(true);
+    const int64_t share = (last - first + kSample - 1) / kSample;
+    int64_t rows[kTileRows];
+    for (int64_t begin = 0; begin < share;) {
+      int64_t count = 0;
+      for (; begin < share && count < kTileRows; ++begin) {
+        const int64_t row = first + begin * kSample;
+        rows[count] = row;
+        count += may_be_found(row);
+      }
+      scan_rows(rows, count, -1);
+    }
+    for (int64_t q = 0; q < count_; ++q) {
+      guesses_[q] = -std::numeric_limits<A>::infinity();
+      if (states_[q] != State::kOpen) continue;
+      Survivors<A>& list = lists_[q];
+      thin(list, rank, 0, keys_.get());
+      list.limit = plan_.capacity;
+      bounds_[q] = list.bound;
+      if (rank < p_.k && list.bound > least_bound(q)) guesses_[q] = list.bound;
+    }
+    rank_ = p_.k;
+    int64_t until_sample = 0;
+    for (int64_t row = first; row < last;) {
+      int64_t count = 0;
+      for (; row < last && count < kTileRows; ++row) {
+        if (until_sample-- == 0) {
+          until_sample = kSample - 1;
+          continue;
+        }
+        rows[count] = row;
+        count += may_be_found(row);
+      }
+      scan_rows(rows, count, row < last ? row : -1);
+    }
+  }
+
+  // Closes the queries of which k rows surely reach the bound that was guessed; whether others are left.
+  bool close_answered() {
+    bool left = false;
+    for (int64_t q = 0; q < count_; ++q) {
+      if (states_[q] != State::kOpen) continue;
+      Survivors<A>& list = lists_[q];
+      int64_t reached = 0;
+      for (int64_t i = 0; i < list.count; ++i) reached += list.entries[i].lower >= guesses_[q];
+      const bool unsure = guesses_[q] > -std::numeric_limits<A>::infinity() && reached < p_.k;
+      if (!unsure) states_[q] = State::kClosed;
+      if (unsure) list.count = 0;
+      left = left || unsure;
+    }
+    return left;
+  }
+
+  void stream_all(int64_t first, int64_t last) {
+    settled_ = 0;
+    rank_ = p_.k;
+    prepare(true);
+    const int64_t extent = quarter_of(first, last), tiles = (extent + kStreamSteps - 1) / kStreamSteps;
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int64_t t = 0; t < tiles; ++t) {
+        if ((t % kSample == 0) == (pass == 0)) stream(first, last, t * kStreamSteps, (t + 1) * kStreamSteps);
+      }
+    }
+  }
+
+  static int64_t panel_floats(const Plan& plan) {
+    // Room for the scan in float too, should the coarser one not tell the rows apart, and for the queries themselves.
+    const int64_t lanes = (plan.block + 15) / 16 * 16;
+    return lanes * std::max<int64_t>(plan.padded, 64);
+  }
+
+  static int64_t stride_of_tile(const ScanKernels* kernels, int64_t width) {
+    if (!kernels) return 1;
+    // An odd number of cache lines, so that the rows of a group fall into different sets.
+    return ((width + 15) / 16 | 1) * 16;
+  }
+
+  static int64_t quarter_of(int64_t first, int64_t last) { return (last - first + kStreamRows - 1) / kStreamRows; }
+
+  int64_t steps() const { return (p_.width + kernels_->per_step - 1) / kernels_->per_step; }
+
+  // Queries of unit length in the scan's own form, their bounds, and the margin.
+  void prepare(bool fresh) {
+    double loss = 0;
+    char* panel = reinterpret_cast<char*>(panels_.get());
+    const int64_t together = kernels_ ? kernels_->panel : kStreamQueries;
+    for (int64_t begin = 0; begin < count_; begin += together) {
+      const int64_t end = std::min(count_, begin + together);
+      for (int64_t q = begin; q < end; ++q) prepare_query(q, units_.get() + (q - begin) * plan_.padded, fresh);
+      if constexpr (!std::is_same_v<T, double>) {
+        if (kernels_) {
+          double losses[64];
+          kernels_->pack(units_.get(), end - begin, plan_.padded, p_.width, panel, losses);
+          for (int64_t q = begin; q < end; ++q) loss = states_[q] == State::kOpen ? std::max(loss, losses[q - begin]) : loss;
+          panel += 4 * steps() * ((end - begin + kernels_->lanes - 1) / kernels_->lanes * kernels_->lanes);
+        }
+      }
+    }
+    for (int64_t q = count_; q < padded_queries_; ++q) bounds_[q] = std::numeric_limits<A>::infinity();
+    double margin = scan_margin<A>(p_.width) + loss;
+    const bool rounded = kernels_ && kernels_->per_step == 2 && !std::is_same_v<T, bf16>;
+    coarse_ = kernels_ && kernels_->per_step == 2 && (rounded || margin > 4 * scan_margin<A>(p_.width));
+    measured_ = rounded && count_ > kMeasuredQueries && p_.k > kMeasuredRank;
+    lost_ = A(1.001 * (1 + loss));
+    if (rounded && !measured_) margin += 0x1p-8 * (1 + loss);
+    margin_ = A(margin * 1.001);
+  }
+
+  void prepare_query(int64_t q, A* unit, bool fresh) {
+    judge_.load(search_, first_query_ + q, plan_.padded);
+    double inverse = judge_.query_inverse();
+    factors_[q] = 1.0;
+    bool special;
+    if (p_.normalized) {
+      const double squared = squared_norm(judge_.query(), p_.width);
+      inverse = inverse_root(squared);
+      factors_[q] = inverse;
+      special = !(squared >= double(kLeastSquare<A>) && squared <= double(kMostSquare<A>));
+    } else {
+      special = !(inverse > 0 && inverse <= 1e300);
+    }
+    if (special) states_[q] = State::kSpecial;
+    const A* query = judge_.query();
+    for (int64_t i = 0; i < plan_.padded; ++i) unit[i] = special ? A(0) : A(double(query[i]) * inverse);
+    if (fresh && states_[q] != State::kClosed) {
+      lists_[q].bound = least_bound(q);
+      lists_[q].limit = std::min(plan_.capacity, std::max(4 * rank_ + 64, int64_t(128)));
+    }
+    bounds_[q] = states_[q] == State::kOpen ? lists_[q].bound : std::numeric_limits<A>::infinity();
+  }
+
+  // What `min_score` demands, in what the margins are measured in.
+  A least_bound(int64_t q) const {
+    const double least = p_.min_score * (states_[q] == State::kSpecial ? 1.0 : factors_[q]);
+    return std::abs(least) <= 1e300 ? A(least - std::abs(least) * 0x1p-20) : A(least);
+  }
+
+  bool may_be_found(int64_t row) const {
+    return !p_.valid || p_.valid_per_query || p_.valid[search_ * p_.valid_stride[0] + row * p_.valid_stride[2]];
+  }
+
+  // The rows of [begin, end) that any query may find.
+  int64_t list_rows(int64_t begin, int64_t end, int64_t* rows) const {
+    int64_t count = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      rows[count] = row;
+      count += may_be_found(row);
+    }
+    return count;
+  }
+
+  bool allowed(int64_t q, int64_t row) const {
+    const int64_t query = first_query_ + q;
+    if (p_.valid_per_query) {
+      const bool* valid = p_.valid + search_ * p_.valid_stride[0] + query * p_.valid_stride[1];
+      if (!valid[row * p_.valid_stride[2]]) return false;
+    }
+    return !p_.query_group ||
+           p_.query_group[search_ * p_.queries + query] == p_.row_group[search_ * p_.rows + row];
+  }
+
+  // For each row of a tile what the scan multiplies its products by, and the margin of the result. Both are NaN for a
+  // special row, which then passes no bound; such rows are listed, and their number returned.
+  // `lost`: the squares of what rounding took from the rows, where that was measured.
+  int64_t weigh(const A* squares, const A* lost, const int64_t* rows, int64_t count, A* inverse, A* margin,
+                int64_t* special) const {
+    const A nan = std::numeric_limits<A>::quiet_NaN();
+    constexpr int N = Vec<A>::N;
+    Mask<A> odd = Vec<A>(A(0)) < A(0);
+    if (inverses_) {
+      for (int64_t r = 0; r < count; ++r) inverse[r] = inverses_[rows[r]];
+    }
+    for (int64_t r = 0; r < count; r += N) {
+      const Vec<A> squared = load(squares + r), length = sqrt(squared);
+      Mask<A> plain = (squared >= kLeastSquare<A>) & (squared <= kMostSquare<A>);
+      Vec<A> factor(A(1)), size = length;
+      if (inverses_) {
+        factor = load(inverse + r);
+        size = length * abs(factor);
+        plain = plain & (abs(factor) <= kMostInverse<A>) & ((size >= kLeastLength<A>) | (factor == A(0)));
+      } else if (!p_.normalized) {
+        factor = A(1) / length;
+        size = Vec<A>(A(1));
+      }
+      Vec<A> most = size * margin_;
+      if (lost) most += abs(factor) * sqrt(load(lost + r)) * lost_;
+      store(inverse + r, select(plain, factor, Vec<A>(nan)));
+      store(margin + r, select(plain, most, Vec<A>(nan)));
+      odd = odd | !plain;
+    }
+    int64_t specials = 0;
+    if (any(odd)) {
+      for (int64_t r = 0; r < count; ++r) {
+        if (margin[r] != margin[r]) special[specials++] = rows[r];
+      }
+    }
+    return specials;
+  }
+
+  // `ahead`: where the rows go on after these, or -1.
+  void scan_rows(int64_t* rows, int64_t count, int64_t ahead) {
+    if constexpr (!std::is_same_v<T, double>) {
+      if (count == 0) return;
+      float inverse[kTileRows], margin[kTileRows], squares[kTileRows] = {}, lost[kTileRows] = {};
+      kernels_->bring[int(p_.dtype)](database_, p_.database_stride[1], p_.width, rows, count, tile_.get(), tile_stride_,
+                                     squares, measured_ ? lost : nullptr);
+      int64_t special[kTileRows];
+      const int64_t specials = weigh(squares, measured_ ? lost : nullptr, rows, count, inverse, margin, special);
+      for (int64_t r = count; r < kTileRows; ++r) {
+        inverse[r] = margin[r] = std::numeric_limits<float>::quiet_NaN();
+        rows[r] = 0;
+      }
+      TileScan t{};
+      t.tile = tile_.get();
+      t.tile_stride = tile_stride_;
+      t.count = count;
+      t.steps = steps();
+      t.rows = rows;
+      t.inverse = inverse;
+      t.margin = margin;
+      t.panels = panels_.get();
+      t.queries = count_;
+      t.bounds = bounds_.get();
+      if (ahead >= 0 && p_.database_stride[1] == p_.width) {
+        t.ahead = database_ + ahead * p_.width;
+        t.ahead_bytes = std::min(kTileRows, p_.rows - ahead) * p_.width * int64_t(sizeof(T));
+      }
+      t.hit = [](void* self, int64_t q, int64_t row, float upper, float lower) {
+        static_cast<Block*>(self)->append(q, row, upper, lower);
+      };
+      t.context = this;
+      kernels_->scan(t);
+      score_special_rows(special, specials);
+      if (coarse_ && settled_ > 2 * count_) {
+        // Too many rows lie within the coarse margin: go on in float, whose margin is hundreds of times smaller.
+        kernels_ = &kScanKernels;
+        prepare(false);
+      }
+    }
+  }
+
+  // Steps [begin, end) of each quarter of [first, last).
+  void stream(int64_t first, int64_t last, int64_t begin, int64_t end) {
+    constexpr int64_t kRows = kStreamRows * kStreamSteps;
+    const int64_t quarter = quarter_of(first, last);
+    int64_t of_quarter[kStreamRows][kStreamSteps], counts[kStreamRows], most = 0;
+    for (int r = 0; r < kStreamRows; ++r) {
+      const int64_t start = first + r * quarter, stop = std::min(last, start + std::min(end, quarter));
+      counts[r] = list_rows(std::min(stop, start + begin), stop, of_quarter[r]);
+      most = std::max(most, counts[r]);
+    }
+    if (most == 0) return;
+    int64_t rows[kRows], special[kRows];
+    alignas(64) A dots[kStreamQueries * kRows], squares[kRows] = {}, inverse[kRows], margin[kRows];
+    bool here[kRows];
+    const T* at[kStreamRows] = {};
+    for (int64_t i = 0; i < most; ++i) {
+      const int64_t to = i * kStreamRows;
+      for (int r = 0; r < kStreamRows; ++r) {
+        here[to + r] = i < counts[r];
+        // A quarter that has no more rows repeats one of another.
+        rows[to + r] = here[to + r] ? of_quarter[r][i] : -1;
+      }
+      const int64_t any_row = *std::max_element(rows + to, rows + to + kStreamRows);
+      for (int r = 0; r < kStreamRows; ++r) {
+        if (!here[to + r]) rows[to + r] = any_row;
+        at[r] = database_ + rows[to + r] * p_.database_stride[1];
+      }
+      stream_any<T>(count_, {units_.get(), plan_.padded, p_.width, dots + to, kRows, squares + to}, at);
+    }
+    const int64_t count = most * kStreamRows;
+    int64_t specials = weigh(squares, nullptr, rows, count, inverse, margin, special);
+    for (int64_t r = 0; r < count; ++r) {
+      if (!here[r]) margin[r] = std::numeric_limits<A>::quiet_NaN();
+    }
+    if (specials > 0) {
+      std::sort(special, special + specials);
+      specials = std::unique(special, special + specials) - special;
+    }
+    constexpr int N = Vec<A>::N;
+    for (int64_t q = 0; q < count_; ++q) {
+      for (int64_t r = 0; r < count; r += N) {
+        const Vec<A> middle = load(dots + q * kRows + r) * load(inverse + r), upper = middle + load(margin + r);
+        if (__builtin_expect(!any(upper >= bounds_[q]), 1)) continue;
+        for (int64_t i = r; i < std::min(r + N, count); ++i) {
+          const A score = dots[q * kRows + i] * inverse[i];
+          if (score + margin[i] >= bounds_[q]) append(q, rows[i], score + margin[i], score - margin[i]);
+        }
+      }
+    }
+    score_special_rows(special, specials);
+  }
+
+  void append(int64_t q, int64_t row, A upper, A lower) {
+    if (!allowed(q, row)) return;
+    Survivors<A>& list = lists_[q];
+    list.entries[list.count] = {upper, lower, row};
+    if (__builtin_expect(++list.count >= list.limit, 0)) relieve(q);
+  }
+
+  __attribute__((noinline)) void relieve(int64_t q) {
+    Survivors<A>& list = lists_[q];
+    thin(list, rank_, rank_ / 8, keys_.get());
+    if (list.count > plan_.capacity - plan_.capacity / 8) {
+      judge_.load(search_, first_query_ + q, plan_.padded);
+      judge_.settle(list, rank_, factors_[q], scored_.get());
+      ++settled_;
+    }
+    list.limit = std::clamp(2 * list.count, list.limit, plan_.capacity);
+    if (states_[q] == State::kOpen) bounds_[q] = list.bound;
+  }
+
+  // `known` is the score of a row that needs no scan.
+  void append_known(int64_t q, A known, int64_t row) {
+    if (!(known >= A(p_.min_score))) return;
+    const Entry<A> entry = Judge<T>::known_entry({known, row}, factors_[q]);
+    if (entry.upper >= lists_[q].bound) append(q, row, entry.upper, entry.lower);
+  }
+
+  void score_special_rows(const int64_t* rows, int64_t count) {
+    if (count == 0) return;
+    bool zero[std::max<int64_t>(kTileRows, kStreamRows * kStreamSteps)];
+    bool all_zero = true;
+    for (int64_t i = 0; i < count; ++i) {
+      // A zero row scores 0 with every query, if its given inverse is a number.
+      zero[i] = squared_norm(database_ + rows[i] * p_.database_stride[1], p_.width) == 0 &&
+                (!inverses_ || std::abs(inverses_[rows[i]]) <= std::numeric_limits<A>::max());
+      all_zero = all_zero && zero[i];
+    }
+    for (int64_t q = 0; q < count_; ++q) {
+      if (states_[q] != State::kOpen) continue;
+      if (!all_zero) judge_.load(search_, first_query_ + q, plan_.padded);
+      for (int64_t i = 0; i < count; ++i) {
+        // A list that is settled loads its own query, which is this one.
+        append_known(q, zero[i] ? A(0) : judge_.score(rows[i]), rows[i]);
+      }
+    }
+  }
+
+  void score_every_row(int64_t q, int64_t first, int64_t last) {
+    judge_.load(search_, first_query_ + q, plan_.padded);
+    const bool* valid = p_.valid && !p_.valid_per_query ? p_.valid + search_ * p_.valid_stride[0] : nullptr;
+    for (int64_t row = first; row < last; ++row) {
+      if (!valid || valid[row * p_.valid_stride[2]]) append_known(q, judge_.score(row), row);
+    }
+  }
+
+  const CosineSearch& p_;
+  const Plan& plan_;
+  const ScanKernels* kernels_;
+  int64_t padded_queries_;
+  Scratch<A> query_;
+  Judge<T> judge_;
+  Scratch<A> units_;
+  Scratch<A> bounds_;
+  Scratch<double> factors_;  // a score times this is what margins are measured in
+  Scratch<State> states_;
+  Scratch<A> panels_;
+  int64_t tile_stride_;
+  Scratch<float> tile_;
+  Scratch<A> guesses_;  // bounds that were guessed, or minus infinity
+  Scratch<typename Element<A>::integer> keys_;
+  Scratch<Scored<A>> scored_;
+  Finish<T> finish_;
+
+  int64_t search_ = 0, first_query_ = 0, count_ = 0, settled_ = 0;
+  Survivors<A>* lists_ = nullptr;
+  const T* database_ = nullptr;
+  const A* inverses_ = nullptr;
+  int64_t rank_ = 0;
+  A margin_ = 0, lost_ = 0;
+  bool coarse_ = false, measured_ = false;
+};
+
+}  // namespace
+}  // namespace memkern::cpu::MK_NS

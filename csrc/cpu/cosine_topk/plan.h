@@ -1,0 +1,67 @@
+// How the work of a search is divided, and how many rows a query is expected to keep. Include after scan_types.h.
+#pragma once
+
+namespace memkern::cpu::MK_NS {
+namespace {
+
+constexpr int64_t kPanelBytes = 512 << 10;  // packed queries that stay in L2 beside a tile
+// One row in so many is scanned first; a prime, so that rows which repeat with a period are met evenly.
+constexpr int64_t kSample = 31;
+constexpr int kStreamQueries = 4;
+
+// Blocks of queries, and for few of them also parts of the rows.
+struct Plan {
+  int64_t padded;  // width of a query in memory
+  int64_t block;   // queries scanned together
+  int64_t blocks;  // of one search
+  int64_t parts;   // of the rows
+  int64_t rank;    // the place in the sample whose score is taken for the bound
+  int64_t capacity;
+  const ScanKernels* kernels;  // null: stream
+};
+
+// The k best rows leave about k / kSample in the sample. With six standard deviations more, the row at this place in the
+// sample lies below the k-th best of all but for one query in many millions, and such a query is found out and scanned
+// again with the rank k, which needs no luck.
+inline int64_t sample_rank(int64_t k) {
+  const double mean = double(k) / double(kSample);
+  return std::min(k, int64_t(mean + 6 * std::sqrt(mean)) + 5);
+}
+
+template <class T>
+Plan make_plan(const CosineSearch& p) {
+  using A = acc_t<T>;
+  Plan plan;
+  plan.padded = (p.width + 63) / 64 * 64;
+  plan.kernels = nullptr;
+  plan.block = kStreamQueries;
+  if (!std::is_same_v<T, double> && p.queries > kStreamQueries) {
+    const ScanKernels* pairs = bf16_scan();
+    plan.kernels = pairs ? pairs : &kScanKernels;
+    const int64_t bytes = 4 * std::max<int64_t>(1, (p.width + plan.kernels->per_step - 1) / plan.kernels->per_step);
+    const int64_t panel = plan.kernels->panel;
+    plan.block = std::clamp<int64_t>(kPanelBytes / bytes / panel, 1, 32) * panel;
+    // Every thread should have a block, as long as blocks fill a panel.
+    const int64_t share = (p.queries * p.searches + p.thread_count - 1) / p.thread_count;
+    plan.block = std::min(plan.block, std::max((share + panel - 1) / panel, int64_t(1)) * panel);
+  }
+  plan.block = std::min(plan.block, p.queries);
+  plan.blocks = (p.queries + plan.block - 1) / plan.block;
+  const int64_t items = plan.blocks * p.searches;
+  plan.parts = 1;
+  if (items < p.thread_count) {
+    plan.parts = std::min({(p.thread_count + items - 1) / items, p.rows / 4096 + 1, int64_t(16)});
+  }
+  plan.rank = plan.kernels ? sample_rank(p.k) : p.k;
+  // What a search may allocate: 8 max(64 k, 1024) bytes for each query, and 4 for each row.
+  const int64_t entry = sizeof(Entry<A>);
+  const int64_t allowed = 8 * std::max<int64_t>(64 * p.k, 1024) * p.queries + 4 * p.rows;
+  const int64_t expected = plan.rank < p.k ? plan.rank * kSample : 0;
+  const int64_t wanted = std::max({expected * 5 / 4, 5 * p.k / 2 + 128, int64_t(256)});
+  const int64_t affordable = plan.parts == 1 ? wanted : allowed / (2 * entry * p.queries * plan.parts);
+  plan.capacity = std::clamp(affordable, 2 * p.k + 16, wanted);
+  return plan;
+}
+
+}  // namespace
+}  // namespace memkern::cpu::MK_NS
