@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import memkern  # noqa: E402
+from memkern.testing import emulate  # noqa: E402
 from memkern.testing.poison import poisoned  # noqa: E402
 
 if _WORKER:
@@ -42,7 +44,7 @@ class BackendUnderTest:
 
     @property
     def slow(self) -> bool:
-        return self.id == "triton_interp"
+        return self.id in ("triton_interp", "cuda_emulated")
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -54,6 +56,8 @@ class BackendUnderTest:
             return "the Triton interpreter is off (TRITON_INTERPRET)"
         if self.id in ("triton", "cuda") and not torch.cuda.is_available():
             return "no GPU"
+        if self.id == "cuda_emulated":
+            return emulate.absent()
         if self.id == "triton" and INTERPRETING:
             return "the Triton interpreter is on"
         return memkern.backends._absent(self.name, self.device)
@@ -67,6 +71,7 @@ BACKENDS = {
         BackendUnderTest("triton_interp", "triton", "cpu"),
         BackendUnderTest("triton", "triton", "cuda"),
         BackendUnderTest("cuda", "cuda", "cuda"),
+        BackendUnderTest("cuda_emulated", "cuda", "cpu"),  # on request alone: --backend cuda_emulated
     )
 }
 
@@ -88,7 +93,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     required = metafunc.config.getoption("--require-backend")
     params = []
-    for name in metafunc.config.getoption("--backend") or BACKENDS:
+    for name in metafunc.config.getoption("--backend") or [name for name in BACKENDS if name != "cuda_emulated"]:
         reason = BACKENDS[name].absent()
         skip = reason is not None and name not in required
         marks = [pytest.mark.skip(reason=f"backend {name}: {reason}")] if skip else []
@@ -104,6 +109,15 @@ def _required(request: pytest.FixtureRequest) -> None:
         reason = case.absent()
         if reason is not None:
             pytest.fail(f"backend {case.id} is required, but: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "backend" in request.fixturenames and request.getfixturevalue("backend").id == "cuda_emulated":
+        with emulate.emulated():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture

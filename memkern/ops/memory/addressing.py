@@ -15,7 +15,7 @@ from memkern.reference import memory as reference
 from memkern.reference._common import compute_dtype
 
 for _op in ("content_weights", "sharpen", "allocation_weights"):
-    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW)
+    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW)
 
 
 def content_weights(

@@ -11,7 +11,7 @@ from memkern.ops.memory._parts import run
 from memkern.reference import memory as reference
 
 for _op in ("update_usage", "update_links", "directional_weights", "read_memory", "write_memory"):
-    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW)
+    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW)
 
 
 def update_usage(

@@ -17,8 +17,8 @@ from memkern.reference import memory as reference
 from memkern.reference._common import compute_dtype
 from memkern.reference.memory import MemoryInterface, MemoryState
 
-backends.declare("memory_step", cpp=backends.ALL, triton=backends.LOW)
-backends.declare("memory_scan", cpp=backends.ALL, triton=backends.LOW)
+backends.declare("memory_step", cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW)
+backends.declare("memory_scan", cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW)
 
 _STATE = len(MemoryState._fields)
 _INTERFACE = len(MemoryInterface._fields)

@@ -1,0 +1,494 @@
+// The passes over the link matrices.
+//
+// A warp takes kHeight rows by kWarp packs of columns at a time. Sums along columns stay in registers for all rows of
+// the block, and meet at the end of the columns; sums along rows meet in the warp and are kept in shared memory.
+#include "cuda/memory/links.cuh"
+
+#include <initializer_list>
+
+namespace memkern::cuda::slots {
+
+namespace {
+
+constexpr int kHeight = 4, kReads = 4;  // read heads in one pass; more take further passes
+
+template <int V>
+__device__ __forceinline__ void load_at(const float* p, bool inside, float (&x)[V]) {
+  if (inside) {
+    load(p, x);
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] = 0.0f;
+  }
+}
+
+// Adds each of K values over the warp. Lanes l of a group of kWarp / K return value l / (kWarp / K).
+template <int K, int Step = kWarp / 2>
+__device__ __forceinline__ float sums_of(const float (&x)[K]) {
+  if constexpr (K > 1) {
+    const bool upper = (threadIdx.x & Step) != 0;
+    float half[K / 2];
+#pragma unroll
+    for (int i = 0; i < K / 2; ++i) {
+      const float mine = upper ? x[i + K / 2] : x[i], theirs = upper ? x[i] : x[i + K / 2];
+      half[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, Step);
+    }
+    return sums_of<K / 2, Step / 2>(half);
+  } else {
+    float sum = x[0];
+#pragma unroll
+    for (int step = Step; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+  }
+}
+
+// Where a block is: its batch item and head, and its rows.
+struct Place {
+  int64_t plane, batch;
+  int head, block, begin, rows;
+
+  __device__ __forceinline__ explicit Place(const LinkSizes& s) {
+    const int blocks = (s.slots + kLinkRows - 1) / kLinkRows;
+    plane = blockIdx.x / blocks;
+    block = int(blockIdx.x % blocks);
+    batch = plane / s.write_heads;
+    head = int(plane % s.write_heads);
+    begin = block * kLinkRows;
+    rows = min(kLinkRows, s.slots - begin);
+  }
+};
+
+__device__ __forceinline__ void copy_rows(const float* from, float* to, int64_t count) {
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) to[i] = from == nullptr ? 0.0f : from[i];
+}
+
+// The factor of a link that is kept, at least 0; a NaN stays.
+__device__ __forceinline__ float at_least_zero(float kept) { return kept < 0.0f ? 0.0f : kept; }
+
+// R read heads from `first` on, of which `count` exist; without UPDATE, `from` is already what is read.
+template <int R, int V, bool UPDATE>
+__global__ void __launch_bounds__(kThreads, 1) forward(const LinkPass p, int first, int count) {
+  constexpr int kSpan = kWarp * V;
+  __shared__ float columns[kWarps][R > 0 ? R : 1][kSpan];
+  __shared__ float sums[R > 0 ? R : 1][kLinkRows], weights[R > 0 ? R : 1][kLinkRows], written[kLinkRows];
+  const Place at(p.sizes);
+  const int n = p.sizes.slots, heads = p.sizes.read_heads;
+  const int64_t offset = (at.plane * n + at.begin) * n;
+  const float* from = p.from + offset;
+  float* to = UPDATE ? p.to + offset : nullptr;
+  if (!takes_step(p.sizes.step_mask, p.sizes.mask_stride, at.batch)) {
+    if (UPDATE && from != to) copy_rows(from, to, int64_t(at.rows) * n);
+    return;
+  }
+  const float* write = UPDATE ? p.write + at.plane * n : nullptr;
+  const float* precedence = UPDATE ? p.precedence + at.plane * n : nullptr;
+  const float* reads = R > 0 ? p.reads + (at.batch * heads + first) * n : nullptr;
+  for (int i = threadIdx.x; i < kLinkRows; i += kThreads) {
+    const bool inside = i < at.rows;
+    written[i] = UPDATE && inside ? write[at.begin + i] : 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      weights[r][i] = inside && r < count ? reads[int64_t(r) * n + at.begin + i] : 0.0f;
+      sums[r][i] = 0.0f;
+    }
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int start = 0; start < n; start += kSpan) {
+    const int j = start + lane * V;
+    const bool inside = j < n;
+    float wj[V], pj[V], rj[R > 0 ? R : 1][V], down[R > 0 ? R : 1][V] = {};
+    load_at(write + j, UPDATE && inside, wj);
+    load_at(precedence + j, UPDATE && inside, pj);
+#pragma unroll
+    for (int r = 0; r < R; ++r) load_at(reads + int64_t(r) * n + j, inside && r < count, rj[r]);
+    for (int group = warp * kHeight; group < at.rows; group += kWarps * kHeight) {
+      float l[kHeight][V];
+#pragma unroll
+      for (int a = 0; a < kHeight; ++a) {
+        load_at(from + int64_t(group + a) * n + j, inside && group + a < at.rows, l[a]);
+      }
+      if constexpr (UPDATE) {
+#pragma unroll
+        for (int a = 0; a < kHeight; ++a) {
+          const float wi = written[group + a];
+          const int i = at.begin + group + a;
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            l[a][v] = i == j + v ? 0.0f : fmaf(at_least_zero((1.0f - wi) - wj[v]), l[a][v], wi * pj[v]);
+          }
+          if (inside && group + a < at.rows) store(to + int64_t(group + a) * n + j, l[a]);
+        }
+      }
+      if constexpr (R > 0) {
+        float along[kHeight * R] = {};
+#pragma unroll
+        for (int a = 0; a < kHeight; ++a) {
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            const float ri = weights[r][group + a];
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              along[a * R + r] = fmaf(l[a][v], rj[r][v], along[a * R + r]);
+              down[r][v] = fmaf(l[a][v], ri, down[r][v]);
+            }
+          }
+        }
+        const float sum = sums_of(along);
+        constexpr int kShare = kWarp / (kHeight * R);
+        if (lane % kShare == 0) sums[lane / kShare % R][group + lane / kShare / R] += sum;
+      }
+    }
+    if constexpr (R > 0) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) columns[warp][r][lane * V + v] = down[r][v];
+      }
+      __syncthreads();
+      const int blocks = (n + kLinkRows - 1) / kLinkRows;
+      float* back = p.back + ((at.plane * blocks + at.block) * heads + first) * n + start;
+      for (int k = threadIdx.x; k < count * kSpan; k += kThreads) {
+        const int r = k / kSpan, c = k % kSpan;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += columns[w][r][c];
+        if (start + c < n) back[int64_t(r) * n + c] = sum;
+      }
+      __syncthreads();
+    }
+  }
+  if constexpr (R > 0) {
+    float* ahead = p.ahead + (at.plane * heads + first) * n + at.begin;
+    for (int k = threadIdx.x; k < count * kLinkRows; k += kThreads) {
+      const int r = k / kLinkRows, i = k % kLinkRows;
+      if (i < at.rows) ahead[int64_t(r) * n + i] = sums[r][i];
+    }
+  }
+}
+
+// R read heads as above. FINISH goes back through the update, otherwise d_links keeps the gradient of the links after
+// the step.
+template <int R, int V, bool FINISH>
+__global__ void __launch_bounds__(kThreads, 1) backward(const LinkBackward p, int first, int count) {
+  constexpr int kSpan = kWarp * V, kColumns = R + (FINISH ? 2 : 0);
+  __shared__ float columns[kWarps][kColumns][kSpan];
+  __shared__ float sums[R + 1][kLinkRows], weights[R > 0 ? R : 1][kLinkRows], slopes[R > 0 ? R : 1][kLinkRows];
+  __shared__ float written[kLinkRows], forward_share[R > 0 ? R : 1], backward_share[R > 0 ? R : 1];
+  const Place at(p.sizes);
+  const int n = p.sizes.slots, heads = p.sizes.read_heads, modes = 1 + 2 * p.sizes.write_heads;
+  const int64_t offset = (at.plane * n + at.begin) * n;
+  const float *links = p.links + offset, *grad = p.grad == nullptr ? nullptr : p.grad + offset;
+  float* d_links = p.d_links + offset;
+  if (!takes_step(p.sizes.step_mask, p.sizes.mask_stride, at.batch)) {
+    if (grad != d_links) copy_rows(grad, d_links, int64_t(at.rows) * n);
+    return;
+  }
+  const float *write = p.write + at.plane * n, *precedence = p.precedence + at.plane * n;
+  const float* reads = R > 0 ? p.reads + (at.batch * heads + first) * n : nullptr;
+  const float* d_reads = R > 0 ? p.d_reads + (at.batch * heads + first) * n : nullptr;
+  for (int i = threadIdx.x; i < kLinkRows; i += kThreads) {
+    const bool inside = i < at.rows;
+    written[i] = inside ? write[at.begin + i] : 0.0f;
+    sums[R][i] = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const bool there = inside && r < count;
+      weights[r][i] = there ? reads[int64_t(r) * n + at.begin + i] : 0.0f;
+      slopes[r][i] = there ? d_reads[int64_t(r) * n + at.begin + i] : 0.0f;
+      sums[r][i] = 0.0f;
+    }
+  }
+  if (R > 0 && threadIdx.x < R) {
+    const bool there = int(threadIdx.x) < count;
+    const float* share = p.modes + at.batch * p.mode_stride + int64_t(first + int(threadIdx.x)) * modes;
+    backward_share[threadIdx.x] = there ? share[at.head] : 0.0f;
+    forward_share[threadIdx.x] = there ? share[p.sizes.write_heads + 1 + at.head] : 0.0f;
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int start = 0; start < n; start += kSpan) {
+    const int j = start + lane * V;
+    const bool inside = j < n;
+    float wj[V], pj[V], rj[R > 0 ? R : 1][V], gj[R > 0 ? R : 1][V], down[kColumns][V] = {};
+    load_at(write + j, inside, wj);
+    load_at(precedence + j, inside, pj);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      load_at(reads + int64_t(r) * n + j, inside && r < count, rj[r]);
+      load_at(d_reads + int64_t(r) * n + j, inside && r < count, gj[r]);
+    }
+    for (int group = warp * kHeight; group < at.rows; group += kWarps * kHeight) {
+      float old[kHeight][V], d[kHeight][V], row[kHeight] = {};
+#pragma unroll
+      for (int a = 0; a < kHeight; ++a) {
+        const bool there = inside && group + a < at.rows;
+        load_at(links + int64_t(group + a) * n + j, there, old[a]);
+        load_at(grad + int64_t(group + a) * n + j, there && grad != nullptr, d[a]);
+      }
+      if constexpr (R > 0) {
+        float along[kHeight * R] = {};
+#pragma unroll
+        for (int a = 0; a < kHeight; ++a) {
+          const float wi = written[group + a];
+          const int i = at.begin + group + a;
+          float l[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            l[v] = i == j + v ? 0.0f : fmaf(at_least_zero((1.0f - wi) - wj[v]), old[a][v], wi * pj[v]);
+          }
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            const float ri = weights[r][group + a], gi = slopes[r][group + a];
+            const float grad_ahead = gi * forward_share[r], share = backward_share[r];
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              d[a][v] = fmaf(rj[r][v], grad_ahead, d[a][v]);
+              d[a][v] = fmaf(gj[r][v] * share, ri, d[a][v]);
+              along[a * R + r] = fmaf(l[v], gj[r][v], along[a * R + r]);
+              down[r][v] = fmaf(l[v], gi, down[r][v]);
+            }
+          }
+        }
+        const float sum = sums_of(along);
+        constexpr int kShare = kWarp / (kHeight * R);
+        if (lane % kShare == 0) sums[lane / kShare % R][group + lane / kShare / R] += sum;
+      }
+      if constexpr (FINISH) {
+#pragma unroll
+        for (int a = 0; a < kHeight; ++a) {
+          const float wi = written[group + a];
+          const int i = at.begin + group + a;
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const float kept = (1.0f - wi) - wj[v], slope = i == j + v ? 0.0f : d[a][v];
+            // The clamp of the factor at zero passes the gradient where it does not bind.
+            const float passed = kept >= 0.0f ? old[a][v] : 0.0f;
+            row[a] = fmaf(slope, pj[v] - passed, row[a]);
+            down[R][v] = fmaf(-slope, passed, down[R][v]);
+            down[R + 1][v] = fmaf(slope, wi, down[R + 1][v]);
+            d[a][v] = slope * at_least_zero(kept);
+          }
+        }
+        const float sum = sums_of(row);
+        constexpr int kShare = kWarp / kHeight;
+        if (lane % kShare == 0) sums[R][group + lane / kShare] += sum;
+      }
+#pragma unroll
+      for (int a = 0; a < kHeight; ++a) {
+        if (inside && group + a < at.rows) store(d_links + int64_t(group + a) * n + j, d[a]);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) columns[warp][c][lane * V + v] = down[c][v];
+    }
+    __syncthreads();
+    const int blocks = (n + kLinkRows - 1) / kLinkRows;
+    const int64_t block = at.plane * blocks + at.block;
+    for (int k = threadIdx.x; k < kColumns * kSpan; k += kThreads) {
+      const int r = k / kSpan, c = k % kSpan;
+      if (start + c >= n || (r < R && r >= count)) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += columns[w][r][c];
+      float* out = r < R ? p.back + (block * heads + first + r) * n : p.column + (block * 2 + (r - R)) * n;
+      out[start + c] = sum;
+    }
+    __syncthreads();
+  }
+  for (int k = threadIdx.x; k < (R + (FINISH ? 1 : 0)) * kLinkRows; k += kThreads) {
+    const int r = k / kLinkRows, i = k % kLinkRows;
+    if (i >= at.rows || (r < R && r >= count)) continue;
+    float* out = r < R ? p.ahead + (at.plane * heads + first + r) * n : p.row + at.plane * n;
+    out[at.begin + i] = sums[r][i];
+  }
+}
+
+// d_links = sum_r d_ahead_i r_j + r_i d_back_j, over all heads by passes; and the two products with the links.
+template <int R, int V>
+__global__ void __launch_bounds__(kThreads, 1) directional(const DirectionalBackward p, int first, int count) {
+  constexpr int kSpan = kWarp * V;
+  __shared__ float columns[kWarps][R][kSpan];
+  __shared__ float sums[R][kLinkRows], weights[R][kLinkRows], slopes[R][kLinkRows];
+  const Place at(p.sizes);
+  const int n = p.sizes.slots, heads = p.sizes.read_heads;
+  const int64_t offset = (at.plane * n + at.begin) * n, rows = (at.plane * heads + first) * n;
+  const float* links = p.links + offset;
+  float* d_links = p.d_links + offset;
+  const float* reads = p.reads + (at.batch * heads + first) * n;
+  const float* d_ahead = p.d_ahead == nullptr ? nullptr : p.d_ahead + rows;
+  const float* d_back = p.d_back == nullptr ? nullptr : p.d_back + rows;
+  for (int i = threadIdx.x; i < kLinkRows; i += kThreads) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const bool there = i < at.rows && r < count;
+      const int64_t place = int64_t(r) * n + at.begin + i;
+      weights[r][i] = there ? reads[place] : 0.0f;
+      slopes[r][i] = there && d_ahead != nullptr ? d_ahead[place] : 0.0f;
+      sums[r][i] = 0.0f;
+    }
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int start = 0; start < n; start += kSpan) {
+    const int j = start + lane * V;
+    const bool inside = j < n;
+    float rj[R][V], gj[R][V], down[R][V] = {};
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      load_at(reads + int64_t(r) * n + j, inside && r < count, rj[r]);
+      load_at(d_back + int64_t(r) * n + j, inside && r < count && d_back != nullptr, gj[r]);
+    }
+    for (int group = warp * kHeight; group < at.rows; group += kWarps * kHeight) {
+      float l[kHeight][V], d[kHeight][V], along[kHeight * R] = {};
+#pragma unroll
+      for (int a = 0; a < kHeight; ++a) {
+        const bool there = inside && group + a < at.rows;
+        load_at(links + int64_t(group + a) * n + j, there, l[a]);
+        load_at(d_links + int64_t(group + a) * n + j, there && first > 0, d[a]);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const float ri = weights[r][group + a], gi = slopes[r][group + a];
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            d[a][v] = fmaf(gi, rj[r][v], d[a][v]);
+            d[a][v] = fmaf(ri, gj[r][v], d[a][v]);
+            along[a * R + r] = fmaf(l[a][v], gj[r][v], along[a * R + r]);
+            down[r][v] = fmaf(l[a][v], gi, down[r][v]);
+          }
+        }
+        if (there) store(d_links + int64_t(group + a) * n + j, d[a]);
+      }
+      const float sum = sums_of(along);
+      constexpr int kShare = kWarp / (kHeight * R);
+      if (lane % kShare == 0) sums[lane / kShare % R][group + lane / kShare / R] += sum;
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) columns[warp][r][lane * V + v] = down[r][v];
+    }
+    __syncthreads();
+    const int blocks = (n + kLinkRows - 1) / kLinkRows;
+    float* out = p.down + ((at.plane * blocks + at.block) * heads + first) * n + start;
+    for (int k = threadIdx.x; k < count * kSpan; k += kThreads) {
+      const int r = k / kSpan, c = k % kSpan;
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += columns[w][r][c];
+      if (start + c < n) out[int64_t(r) * n + c] = sum;
+    }
+    __syncthreads();
+  }
+  for (int k = threadIdx.x; k < count * kLinkRows; k += kThreads) {
+    const int r = k / kLinkRows, i = k % kLinkRows;
+    if (i < at.rows) p.along[rows + int64_t(r) * n + at.begin + i] = sums[r][i];
+  }
+}
+
+bool packs(int n, std::initializer_list<const void*> pointers) {
+  bool aligned = n % 4 == 0;
+  for (const void* p : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return aligned;
+}
+
+unsigned int grid_of(const LinkSizes& s) {
+  return static_cast<unsigned int>(s.batch * s.write_heads * link_blocks(s.slots));
+}
+
+}  // namespace
+
+cudaError_t link_pass(LinkPass p, cudaStream_t stream) {
+  const unsigned int grid = grid_of(p.sizes);
+  const bool wide = packs(p.sizes.slots, {p.from, p.to, p.write, p.precedence, p.reads});
+  if (p.reads == nullptr) {
+    if (wide) {
+      forward<0, 4, true><<<grid, kThreads, 0, stream>>>(p, 0, 0);
+    } else {
+      forward<0, 1, true><<<grid, kThreads, 0, stream>>>(p, 0, 0);
+    }
+    return cudaGetLastError();
+  }
+  bool update = p.to != nullptr;
+  for (int first = 0; first < p.sizes.read_heads; first += kReads) {
+    const int count = p.sizes.read_heads - first < kReads ? p.sizes.read_heads - first : kReads;
+#define MK_PASS(R, V)                                                     \
+  if (update) {                                                           \
+    forward<R, V, true><<<grid, kThreads, 0, stream>>>(p, first, count);  \
+  } else {                                                                \
+    forward<R, V, false><<<grid, kThreads, 0, stream>>>(p, first, count); \
+  }
+    if (count == 1) {
+      if (wide) {
+        MK_PASS(1, 4)
+      } else {
+        MK_PASS(1, 1)
+      }
+    } else if (wide) {
+      MK_PASS(kReads, 4)
+    } else {
+      MK_PASS(kReads, 1)
+    }
+#undef MK_PASS
+    if (update) {
+      p.from = p.to;
+      update = false;
+    }
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t link_pass_backward(LinkBackward p, cudaStream_t stream) {
+  const unsigned int grid = grid_of(p.sizes);
+  const bool wide = packs(p.sizes.slots, {p.links, p.grad, p.d_links, p.write, p.precedence, p.reads, p.d_reads});
+  if (p.reads == nullptr) {
+    if (wide) {
+      backward<0, 4, true><<<grid, kThreads, 0, stream>>>(p, 0, 0);
+    } else {
+      backward<0, 1, true><<<grid, kThreads, 0, stream>>>(p, 0, 0);
+    }
+    return cudaGetLastError();
+  }
+  for (int first = 0; first < p.sizes.read_heads; first += kReads) {
+    const int left = p.sizes.read_heads - first, count = left < kReads ? left : kReads;
+    const bool finish = left <= kReads;
+#define MK_PASS(R, V)                                                      \
+  if (finish) {                                                            \
+    backward<R, V, true><<<grid, kThreads, 0, stream>>>(p, first, count);  \
+  } else {                                                                 \
+    backward<R, V, false><<<grid, kThreads, 0, stream>>>(p, first, count); \
+  }
+    if (count == 1) {
+      if (wide) {
+        MK_PASS(1, 4)
+      } else {
+        MK_PASS(1, 1)
+      }
+    } else if (wide) {
+      MK_PASS(kReads, 4)
+    } else {
+      MK_PASS(kReads, 1)
+    }
+#undef MK_PASS
+    p.grad = p.d_links;
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t directional_pass_backward(const DirectionalBackward& p, cudaStream_t stream) {
+  const unsigned int grid = grid_of(p.sizes);
+  const bool wide = packs(p.sizes.slots, {p.links, p.d_links, p.reads, p.d_ahead, p.d_back});
+  for (int first = 0; first < p.sizes.read_heads; first += kReads) {
+    const int count = p.sizes.read_heads - first < kReads ? p.sizes.read_heads - first : kReads;
+    if (wide) {
+      directional<kReads, 4><<<grid, kThreads, 0, stream>>>(p, first, count);
+    } else {
+      directional<kReads, 1><<<grid, kThreads, 0, stream>>>(p, first, count);
+    }
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace memkern::cuda::slots

@@ -1,0 +1,83 @@
+"""The CUDA memory kernels and their bindings on the processor (``csrc/emulator``): every value and every gradient.
+
+The whole column runs there on request: ``pytest tests/ops --backend cuda_emulated``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from memkern import ops
+from memkern.benchmarks import registry
+from memkern.benchmarks.ops.memory import make_interface, make_state
+from memkern.reference import memory as reference
+from memkern.testing import emulate
+from memkern.testing.compare import assert_matches
+
+
+@pytest.fixture(autouse=True)
+def emulated(poison: object) -> Iterator[None]:
+    reason = emulate.absent()
+    if reason is not None:
+        pytest.skip(reason)
+    with emulate.emulated():
+        yield
+
+
+def inputs(sizes: dict[str, int]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(sum(sizes.values()))
+    made = make_state(sizes, torch.float32, generator), make_interface(sizes, torch.float32, generator)
+    state, said = (type(fields)(*(field.requires_grad_() for field in fields)) for fields in made)
+    return {"state": state, "interface": said}
+
+
+def on_cuda(function: Any) -> Any:
+    return lambda **arguments: function(**arguments, backend="cuda")
+
+
+# Rows in several blocks and parts, packs of four and single elements, more heads than one pass takes.
+STEPS = {
+    "packs": ((1, 132, 40, 4, 1), {}),
+    "single elements": ((1, 70, 33, 1, 2), {"deallocate": True}),
+    "many heads": ((2, 6, 70, 5, 2), {"step_mask": torch.tensor([True, False])}),
+    "no links": ((2, 9, 5, 2, 1), {"track_links": False, "sharpness": 1.5}),
+    "no usage": ((1, 1, 3, 2, 3), {"track_usage": False, "detach_usage": True}),
+}
+
+
+@pytest.mark.parametrize(("shape", "options"), STEPS.values(), ids=STEPS.keys())
+def test_step(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    made = inputs(dict(zip("BNWRH", shape, strict=True)))
+    assert_matches(on_cuda(ops.memory_step), reference.memory_step, made | options)
+
+
+@pytest.mark.parametrize("every", [2, 9])
+def test_scan(every: int) -> None:
+    made = inputs({"B": 2, "N": 12, "W": 6, "R": 3, "H": 2, "T": 4})
+    mask = torch.tensor([[True, True, False, True], [False, True, True, False]])
+    options = {"step_mask": mask, "sharpness": 2.0, "deallocate": True, "checkpoint_every": every}
+    assert_matches(on_cuda(ops.memory_scan), reference.memory_scan, made | options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "content_weights", "sharpen", "allocation_weights", "update_usage", "update_links", "directional_weights",
+        "read_memory", "write_memory",
+    ],
+)  # fmt: skip
+def test_parts(name: str) -> None:
+    spec = registry.spec(name)
+    for size in ("odd", "empty"):
+        assert_matches(on_cuda(spec.public), spec.reference, spec.case(size).arguments())
+
+
+def test_allocation_past_the_slots_that_are_counted() -> None:
+    usage = 0.99 + 0.01 * torch.rand(1, 1100)
+    usage[:, ::3] = 0.995
+    made = {"usage": usage.requires_grad_()}
+    assert_matches(on_cuda(ops.allocation_weights), reference.allocation_weights, made)
