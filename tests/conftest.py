@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -26,12 +27,15 @@ import torch  # noqa: E402
 
 import memkern  # noqa: E402
 from memkern.testing import emulate  # noqa: E402
+from memkern.testing.interpreter import patch_once  # noqa: E402
 from memkern.testing.poison import poisoned  # noqa: E402
 
 if _WORKER:
     torch.set_num_threads(1)
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING and importlib.util.find_spec("triton"):
+    patch_once()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ A kernel here runs in three worlds: compiled on a GPU, compiled ahead of time wi
 ``meta`` device), and interpreted on the CPU (``TRITON_INTERPRET=1``). The functions below hide the difference:
 
 - in kernels :func:`mdot`, :func:`cast`, :func:`tanh`, :func:`is_nan` and :func:`arrive_last`;
-- in launchers :func:`on_device`, :func:`adjacent`, :func:`sm_count`, :func:`capability`, :func:`tickets` and
-  :data:`LAUNCH`.
+- in launchers :func:`on_device`, :func:`adjacent`, :func:`sm_count`, :func:`capability`, :func:`tickets`,
+  :data:`LAUNCH` and :data:`ALL_REGISTERS`.
 
 The interpreter keeps bfloat16 as raw 16-bit integers, so arithmetic on it is silently wrong there: convert to float32
 right after a load, and back by :func:`cast` right before a store.
@@ -29,6 +29,10 @@ INTERPRET = tl.constexpr(INTERPRETING)
 
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 """Options of every launch: Triton's default for fused multiply-add changes between versions, ours does not."""
+
+ALL_REGISTERS: dict[str, Any] = {**LAUNCH, "maxnreg": 255}
+"""Options of kernels of at most eight warps that may take every register a thread can have: left alone, the assembler
+may spill a few of them to make room for one block more."""
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._common import LAUNCH, on_device
+from .._common import ALL_REGISTERS, on_device
 from . import _backward, _scan
 from ._score import EXACT_ROWS, exact_block
 
@@ -26,8 +26,8 @@ TILES = {
     (torch.bfloat16, False): (128, 128, 64, 8, 3),
     (torch.float16, False): (128, 128, 64, 8, 3),
     (torch.float32, False): (128, 64, 32, 8, 3),
-    (torch.bfloat16, True): (128, 16, 128, 4, 4),
-    (torch.float16, True): (128, 16, 128, 4, 4),
+    (torch.bfloat16, True): (128, 16, 128, 8, 4),
+    (torch.float16, True): (128, 16, 128, 8, 4),
     (torch.float32, True): (128, 16, 64, 4, 4),
 }
 
@@ -89,6 +89,8 @@ def cosine_topk_fwd(
     q, x = _dense_rows(queries), _dense_rows(database)
     few = count <= FEW_QUERIES
     block_n, block_q, block_d, warps, stages = TILES[x.dtype, few]
+    if any(extent % 16 for extent in (width, x.stride(0), x.stride(1))):
+        block_d = 32  # without wide loads every element needs registers for its address
     block_d = min(block_d, max(16, triton.next_power_of_2(width)))
     given = inverse_norms is not None
     if inverse_norms is None:
@@ -129,12 +131,12 @@ def cosine_topk_fwd(
         _scan.prepare_queries[(total,)](
             q, q.stride(0), q.stride(1), count, width, unit, factor, inverse, scale, margin, bound, appended, flagged,
             min_score, relative, NORMALIZED=normalized, BLOCK=block, ROUND=2.0**-9 * 1.01 if tf32 else 0.0,
-            num_warps=4, **LAUNCH,
+            num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
         if not inline:
             _scan.prepare_rows[(triton.cdiv(rows, 16), searches)](
                 x, x.stride(0), x.stride(1), rows, width, weight,
-                LENGTHS=normalized or given, ROWS=16, BLOCK=min(128, block), num_warps=4, **LAUNCH,
+                LENGTHS=normalized or given, ROWS=16, BLOCK=min(128, block), num_warps=4, **ALL_REGISTERS,
             )  # fmt: skip
         tiles = triton.cdiv(rows, block_n)
         step = coprime_step(tiles)
@@ -144,26 +146,26 @@ def cosine_topk_fwd(
                 unit, x, x.stride(0), x.stride(1), weight, norms, margin, bound, buffer, appended,
                 *pairs, count, rows, width, tiles, first, step, capacity,
                 INLINE=inline, PRECISION="tf32", BLOCK_N=block_n, BLOCK_Q=block_q, BLOCK_D=block_d, **form, **filters,
-                num_warps=warps, num_stages=stages, **LAUNCH,
+                num_warps=warps, num_stages=stages, **ALL_REGISTERS,
             )  # fmt: skip
             if rows > capacity:
                 _scan.tighten[(total,)](
                     buffer, appended, flagged, bound, margin, weight, norms, count, rows, max(k, 8), capacity,
-                    BLOCK=select, **form, num_warps=4, **LAUNCH,
+                    BLOCK=select, **form, num_warps=4, **ALL_REGISTERS,
                 )  # fmt: skip
         _scan.rescore[(total, triton.cdiv(min(capacity, rows), EXACT_ROWS))](
             buffer, appended, flagged, *exact, count, rows, width, capacity, min_score,
-            ROWS=EXACT_ROWS, BLOCK=block, **form, num_warps=4, **LAUNCH,
+            ROWS=EXACT_ROWS, BLOCK=block, **form, num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
         _scan.rescue[(total,)](
             buffer, appended, flagged, *exact, *pairs, count, rows, width, k, capacity, min_score,
             ROWS=EXACT_ROWS, BLOCK=block, BLOCK_KEYS=select, **form, **filters,
-            num_warps=4, **LAUNCH,
+            num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
         _scan.finish[(total,)](
             buffer, appended, scores, indices, k, capacity,
             K=max(2, triton.next_power_of_2(k)), BLOCK=select, num_warps=4 if k <= 512 else 8,
-            **LAUNCH,
+            **ALL_REGISTERS,
         )  # fmt: skip
     return scores, indices
 
@@ -196,18 +198,18 @@ def cosine_topk_bwd(
         _backward.coefficients[(total, triton.cdiv(k, EXACT_ROWS))](
             g, q, x, at, norms, count, rows, width, k, row_in_query, query_in_query, query_in_row, row_in_row,
             NORMALIZED=normalized, GIVEN=inverse_norms is not None, ROWS=EXACT_ROWS, BLOCK=min(128, block),
-            num_warps=4, **LAUNCH,
+            num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
         if need_queries:
             _backward.query_gradient[(total, triton.cdiv(width, wide))](
                 q, x, at, row_in_query, query_in_query, d_queries, count, rows, width, k,
-                BLOCK=wide, num_warps=4, **LAUNCH,
+                BLOCK=wide, num_warps=4, **ALL_REGISTERS,
             )  # fmt: skip
         if need_database:
             in_order, order = at.view(searches, places).sort(dim=1, stable=True)
             _backward.row_gradient[(searches * places, triton.cdiv(width, wide))](
                 q, x, in_order, order, query_in_row, row_in_row, d_database, count, rows, width, k, places,
-                BLOCK=wide, num_warps=4, **LAUNCH,
+                BLOCK=wide, num_warps=4, **ALL_REGISTERS,
             )  # fmt: skip
     return d_queries, d_database
 
@@ -224,7 +226,7 @@ def inverse_norms_fwd(database: Tensor) -> Tensor:
     if rows:
         with on_device(x):
             _backward.norms_forward[(triton.cdiv(rows, EXACT_ROWS),)](
-                x, out, rows, width, ROWS=EXACT_ROWS, BLOCK=block, num_warps=4, **LAUNCH
+                x, out, rows, width, ROWS=EXACT_ROWS, BLOCK=block, num_warps=4, **ALL_REGISTERS
             )
     return out
 
@@ -236,6 +238,6 @@ def inverse_norms_bwd(grad: Tensor, database: Tensor) -> Tensor:
     if out.numel():
         with on_device(x):
             _backward.norms_backward[(triton.cdiv(rows, EXACT_ROWS),)](
-                g, x, out, rows, width, ROWS=EXACT_ROWS, BLOCK=block, num_warps=4, **LAUNCH
+                g, x, out, rows, width, ROWS=EXACT_ROWS, BLOCK=min(64, block), num_warps=4, **ALL_REGISTERS
             )
     return out

@@ -133,14 +133,14 @@ def norms_forward(database, out, rows, width, ROWS: tl.constexpr, BLOCK: tl.cons
 def norms_backward(grad, database, out, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """d (1 / |x|) / dx = -x / |x|^3."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    squares = tl.zeros((ROWS, BLOCK), tl.float64)
+    squares = tl.zeros((ROWS,), tl.float64)
     for at in range(0, width, BLOCK):
         columns = at + tl.arange(0, BLOCK)
         inside = (row < rows)[:, None] & (columns < width)[None, :]
         x = tl.load(database + row[:, None] * width + columns[None, :], mask=inside, other=0.0)
         wide = x.to(tl.float32).to(tl.float64)
-        squares += wide * wide
-    a = inverse_root(fold(squares, ROWS, BLOCK))
+        squares += tl.sum(wide * wide, 1)
+    a = inverse_root(squares)
     g = tl.load(grad + row, mask=row < rows, other=0.0).to(tl.float64)
     factor = -g * a * a * a
     for at in range(0, width, BLOCK):

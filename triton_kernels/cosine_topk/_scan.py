@@ -117,6 +117,42 @@ def upper_end(product, weight, given, margin, NORMALIZED: tl.constexpr, GIVEN: t
 
 
 @triton.jit
+def halves(product, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """The left and the right half of a tile's columns; each thread holds parts of both."""
+    return tl.split(tl.permute(tl.reshape(product, (BLOCK_N, 2, BLOCK_Q // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def append(
+    product, query, search, row, row_in, w, g, margin, bound, buffer, appended,
+    valid, valid_search, valid_query, valid_row, query_group, row_group, queries, rows, capacity,
+    NORMALIZED: tl.constexpr, GIVEN: tl.constexpr, VALID: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Keys of the pairs whose upper end reaches the query's bound, to the query's buffer."""
+    query_in = query < queries
+    at_query = search * queries + query
+    m = tl.load(margin + at_query, mask=query_in, other=0.0)
+    least = tl.load(bound + at_query, mask=query_in, other=float("inf"))
+    upper = upper_end(product, w[:, None], g[:, None], m[None, :], NORMALIZED, GIVEN)
+    # A query that is not finite has no scores; its products are NaN, a special row's infinity is not.
+    keep = (upper >= least[None, :]) & (product == product) & row_in[:, None] & query_in[None, :]
+    if VALID:
+        v = valid + search * valid_search + query[None, :].to(tl.int64) * valid_query + row[:, None] * valid_row
+        keep = keep & (tl.load(v, mask=keep, other=0) != 0)
+    if GROUPS:
+        own = tl.load(query_group + at_query, mask=query_in, other=0)
+        of_row = tl.load(row_group + search * rows + row, mask=row_in, other=0)
+        keep = keep & (own[None, :] == of_row[:, None])
+    if tl.max(keep.to(tl.int32)) > 0:
+        counter = appended + tl.broadcast_to(at_query[None, :], (BLOCK_N, BLOCK_Q))
+        place = tl.atomic_add(counter, 1, mask=keep, sem="relaxed")
+        keys = pack(upper, tl.broadcast_to(row[:, None], (BLOCK_N, BLOCK_Q)))
+        slot = buffer + at_query[None, :] * capacity + place
+        tl.store(slot, keys, mask=keep & (place < capacity))
+
+
+@triton.jit(do_not_specialize=["tiles", "first_tile", "step_tile"])
 def scan(
     unit, database, stride_search, stride_row, weight, given, margin, bound, buffer, appended,
     valid, valid_search, valid_query, valid_row, query_group, row_group,
@@ -133,7 +169,8 @@ def scan(
     search = tl.program_id(2).to(tl.int64)
     tile = (first_tile + tl.program_id(1)).to(tl.int64) * step_tile % tiles
     row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query_block = tl.program_id(0) * BLOCK_Q
+    query = query_block + tl.arange(0, BLOCK_Q)
     row_in, query_in = row < rows, query < queries
     x_at = database + search * stride_search + row[:, None] * stride_row
     q_at = unit + (search * queries + query)[None, :] * width
@@ -159,25 +196,15 @@ def scan(
     g = w
     if GIVEN:
         g = tl.load(given + search * rows + row, mask=row_in, other=float("nan"))
-    at_query = search * queries + query
-    m = tl.load(margin + at_query, mask=query_in, other=0.0)
-    least = tl.load(bound + at_query, mask=query_in, other=float("inf"))
-    upper = upper_end(product, w[:, None], g[:, None], m[None, :], NORMALIZED, GIVEN)
-    # A query that is not finite has no scores; its products are NaN, a special row's infinity is not.
-    keep = (upper >= least[None, :]) & (product == product) & row_in[:, None] & query_in[None, :]
-    if VALID:
-        v = valid + search * valid_search + query[None, :].to(tl.int64) * valid_query + row[:, None] * valid_row
-        keep = keep & (tl.load(v, mask=keep, other=0) != 0)
-    if GROUPS:
-        own = tl.load(query_group + at_query, mask=query_in, other=0)
-        of_row = tl.load(row_group + search * rows + row, mask=row_in, other=0)
-        keep = keep & (own[None, :] == of_row[:, None])
-    if tl.max(tl.max(keep.to(tl.int32), 1), 0) > 0:
-        counter = appended + tl.broadcast_to(at_query[None, :], (BLOCK_N, BLOCK_Q))
-        place = tl.atomic_add(counter, 1, mask=keep, sem="relaxed")
-        keys = pack(upper, tl.broadcast_to(row[:, None], (BLOCK_N, BLOCK_Q)))
-        slot = buffer + at_query[None, :] * capacity + place
-        tl.store(slot, keys, mask=keep & (place < capacity))
+    # In halves of the queries: what an append needs in registers, it needs for half the tile at a time.
+    first, second = halves(product, BLOCK_N, BLOCK_Q)
+    for half in tl.static_range(2):
+        append(
+            first if half == 0 else second, query_block + half * (BLOCK_Q // 2) + tl.arange(0, BLOCK_Q // 2),
+            search, row, row_in, w, g, margin, bound, buffer, appended,
+            valid, valid_search, valid_query, valid_row, query_group, row_group, queries, rows, capacity,
+            NORMALIZED, GIVEN, VALID, GROUPS, BLOCK_N, BLOCK_Q // 2,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -8,15 +8,25 @@ are added in order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import LAUNCH, on_device
-from ._device import NORM_EPS, USAGE_EPS, key_factors, logs_before, retention, sharpened, softmax, written
+from .._common import ALL_REGISTERS, on_device
+from ._device import (
+    NORM_EPS,
+    USAGE_EPS,
+    key_factors,
+    logs_before,
+    partial_sum,
+    retention,
+    rewritten,
+    sharpened,
+    softmax,
+    written,
+)
+from ._launch import EXACT, link_tiles, tiles, warps
 
 
 @triton.jit
@@ -49,7 +59,7 @@ def _write_weights(
     memory, usage, read_weights, write_weights, keys, strengths, free_gates, allocation_gates, write_gates, step_mask,
     new_usage, content, allocation, new_write_weights, scratch, N, W,
     R: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, TRACK_USAGE: tl.constexpr, DEALLOCATE: tl.constexpr,
-    HAS_MASK: tl.constexpr, NB: tl.constexpr, WB: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BJ: tl.constexpr,
+    HAS_MASK: tl.constexpr, NB: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, NB)
@@ -58,11 +68,11 @@ def _write_weights(
         if tl.load(step_mask + b) == 0:
             if TRACK_USAGE:
                 tl.store(new_usage + b * N + n, tl.load(usage + b * N + n, mask=ok), mask=ok)
-            for h in tl.static_range(H):
+            for h in range(H):
                 at = (b * H + h) * N + n
                 tl.store(new_write_weights + at, tl.load(write_weights + at, mask=ok), mask=ok)
             return
-    factors = key_factors(keys, strengths, b, W, H, HB, WB)
+    factors = key_factors(keys, strengths, b, W, H, HB, BW)
     lookup(
         memory, keys, factors, content, read_weights, free_gates, b, N, W, H, HB, R, DEALLOCATE, BN, BW
     )  # fmt: skip
@@ -75,7 +85,7 @@ def _write_weights(
         used = tl.where(used > 1.0, 1.0, tl.where(used < 0.0, 0.0, used))  # keeps a NaN
         tl.store(new_usage + b * N + n, used, mask=ok)
     tl.debug_barrier()
-    for h in tl.static_range(H):
+    for h in range(H):
         at = (b * H + h) * N + n
         found = softmax(tl.load(content + at, mask=ok, other=0.0), ok)
         tl.debug_barrier()  # a lane may be held by several threads, and none may read what another has replaced
@@ -89,8 +99,7 @@ def _write_weights(
             free = (1.0 - USAGE_EPS) * (1.0 - used) * tl.exp(logs_before(scratch + b * N, entered, n, N, NB, BJ))
             tl.debug_barrier()
             tl.store(allocation + at, free, mask=ok)
-            if h + 1 < H:
-                used = used + (1.0 - used) * (gate * towards_free * free)
+            used = used + (1.0 - used) * (gate * towards_free * free)
         else:
             free = tl.zeros((NB,), tl.float32) + 1.0 / N
         tl.store(new_write_weights + at, gate * (towards_free * free + (1.0 - towards_free) * found), mask=ok)
@@ -158,28 +167,6 @@ def _links(
 
 
 @triton.jit
-def partial_sum(partials, plane, blocks, r, n, ok, N, R: tl.constexpr):
-    """Row blocks of (planes, blocks, R, N) partials, added in order."""
-    total = tl.where(ok, 0.0, 0.0)
-    for block in range(blocks):
-        total += tl.load(partials + ((plane * blocks + block) * R + r) * N + n, mask=ok, other=0.0)
-    return total
-
-
-@triton.jit
-def rewritten(m, write_weights, erase_vectors, write_vectors, b, n, ok, w, N, W, H: tl.constexpr):
-    """A block of memory after erasing and adding."""
-    added = tl.zeros_like(m)
-    for h in tl.static_range(H):
-        weight = tl.load(write_weights + (b * H + h) * N + n, mask=ok, other=0.0)
-        erase = tl.load(erase_vectors + (b * H + h) * W + w, mask=w < W, other=0.0)
-        add = tl.load(write_vectors + (b * H + h) * W + w, mask=w < W, other=0.0)
-        m = m * (1.0 - weight[:, None] * erase[None, :])
-        added += weight[:, None] * add[None, :]
-    return m + added
-
-
-@triton.jit
 def _write(
     memory, write_weights, erase_vectors, write_vectors, read_weights, free_gates, step_mask, new_memory, N, W,
     R: tl.constexpr, H: tl.constexpr, DEALLOCATE: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -210,14 +197,14 @@ def _read(
     step_mask, ahead, back, reads, new_memory, content, mixed, new_read_weights, N, W, blocks,
     R: tl.constexpr, RB: tl.constexpr, H: tl.constexpr, TRACK_LINKS: tl.constexpr, DEALLOCATE: tl.constexpr,
     SHARPEN: tl.constexpr, HAS_MASK: tl.constexpr,
-    NB: tl.constexpr, WB: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+    NB: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     live = tl.full((), 1, tl.int1)
     if HAS_MASK:
         live = tl.load(step_mask + b) != 0
     r = tl.arange(0, RB)
-    factors = key_factors(keys, strengths, b, W, R, RB, WB)
+    factors = key_factors(keys, strengths, b, W, R, RB, BW)
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
         ok = n < N
@@ -243,24 +230,24 @@ def _read(
     tl.debug_barrier()
     n = tl.arange(0, NB)
     ok = n < N
-    for i in tl.static_range(R):
-        at = (b * R + i) * N + n
+    for head in range(R):
+        at = (b * R + head) * N + n
         found = softmax(tl.load(content + at, mask=ok, other=0.0), ok)
         tl.debug_barrier()  # a lane may be held by several threads, and none may read what another has replaced
         tl.store(content + at, found, mask=ok)
-        mode = modes + (b * R + i) * (1 + 2 * H)
+        mode = modes + (b * R + head) * (1 + 2 * H)
         share = tl.load(mode + H)
         if TRACK_LINKS:
             weight = share * found
-            for h in tl.static_range(H):
+            for h in range(H):
                 plane = b * H + h
-                weight += tl.load(mode + h) * partial_sum(back, plane, blocks, i, n, ok, N, R)
-                weight += tl.load(mode + H + 1 + h) * tl.load(ahead + (plane * R + i) * N + n, mask=ok, other=0.0)
+                weight += tl.load(mode + h) * partial_sum(back, plane, blocks, head, n, ok, N, R)
+                weight += tl.load(mode + H + 1 + h) * tl.load(ahead + (plane * R + head) * N + n, mask=ok, other=0.0)
         else:
             weight = tl.where(share == 0.0, 0.0, found)
         if SHARPEN:
             tl.store(mixed + at, weight, mask=ok)
-            weight = sharpened(weight, tl.load(sharpness + b * R + i), ok)
+            weight = sharpened(weight, tl.load(sharpness + b * R + head), ok)
         if HAS_MASK:
             weight = tl.where(live, weight, tl.load(read_weights + at, mask=ok, other=0.0))
         tl.store(new_read_weights + at, weight, mask=ok)
@@ -281,29 +268,6 @@ def _read(
                 total += tl.where((r == i)[:, None], tl.sum(part[:, None] * block, axis=0)[None, :], 0.0)
         total = tl.where(live, total, 0.0)
         tl.store(reads + (b * R + r)[:, None] * W + w[None, :], total, mask=(r < R)[:, None] & (w < W)[None, :])
-
-
-EXACT: dict[str, Any] = {**LAUNCH, "enable_fp_fusion": False}
-"""For what decides an order of slots: a fused multiply-add rounds otherwise than the two operations, and so breaks
-other ties."""
-
-
-def tiles(slots: int, width: int, heads: int = 1) -> dict[str, int]:
-    """Block sizes for N slots and W columns; smaller ones where several write heads keep a block each."""
-    nb, wb = triton.next_power_of_2(slots), triton.next_power_of_2(width)
-    bw = min(wb, 64)
-    return {"NB": nb, "WB": wb, "BN": max(1, min(nb, (4096 if heads == 1 else 1024) // bw)), "BW": bw}
-
-
-def link_tiles(slots: int, heads: int) -> tuple[int, int]:
-    """(BI, BJ): a block of links, times the read heads, stays in registers."""
-    nb, rb = triton.next_power_of_2(slots), triton.next_power_of_2(heads)
-    bj = min(nb, 64)
-    return max(1, min(nb, 32, 8192 // (bj * rb))), bj
-
-
-def warps(slots: int, width: int = 1) -> int:
-    return 8 if slots > 128 or slots * width >= 4096 else 4
 
 
 def write_weights(
@@ -362,7 +326,8 @@ def update_links(
         links, precedence, write_weights, links if read_weights is None else read_weights,
         links if step_mask is None else step_mask, new_links, new_precedence, ahead, back, slots,
         H=heads, R=read_heads, RB=triton.next_power_of_2(read_heads), UPDATE=True, READ=made,
-        HAS_MASK=step_mask is not None, NB=triton.next_power_of_2(slots), BI=block_i, BJ=block_j, num_warps=4, **LAUNCH,
+        HAS_MASK=step_mask is not None, NB=triton.next_power_of_2(slots), BI=block_i, BJ=block_j, num_warps=4,
+        **ALL_REGISTERS,
     )  # fmt: skip
     return ahead, back, blocks
 
@@ -378,7 +343,7 @@ def multiply_links(links: Tensor, read_weights: Tensor) -> tuple[Tensor, Tensor,
     _links[(blocks, batch * heads)](
         links, links, links, read_weights, links, links, links, ahead, back, slots,
         H=heads, R=read_heads, RB=triton.next_power_of_2(read_heads), UPDATE=False, READ=True, HAS_MASK=False,
-        NB=triton.next_power_of_2(slots), BI=block_i, BJ=block_j, num_warps=4, **LAUNCH,
+        NB=triton.next_power_of_2(slots), BI=block_i, BJ=block_j, num_warps=4, **ALL_REGISTERS,
     )  # fmt: skip
     return ahead, back, blocks
 
@@ -399,15 +364,8 @@ def write_memory(
         memory, write_weights, said["erase_vectors"], said["write_vectors"], read_weights, said["free_gates"],
         memory if step_mask is None else step_mask, new_memory, slots, width,
         R=read_weights.shape[1], H=write_weights.shape[1], DEALLOCATE=deallocate, HAS_MASK=step_mask is not None,
-        BN=tile["BN"], BW=tile["BW"], num_warps=4, **LAUNCH,
+        BN=tile["BN"], BW=tile["BW"], num_warps=4, **ALL_REGISTERS,
     )  # fmt: skip
-
-
-STATE = ("memory", "usage", "links", "precedence", "read_weights", "write_weights")
-INTERFACE = (
-    "read_keys", "read_strengths", "read_modes", "write_keys", "write_strengths", "write_vectors", "erase_vectors",
-    "free_gates", "allocation_gates", "write_gates",
-)  # fmt: skip
 
 
 def step(
@@ -443,7 +401,7 @@ def step(
             new["reads"], new["memory"], new["read_content"], new["mixed"], new["read_weights"], slots, width, blocks,
             R=read_heads, RB=triton.next_power_of_2(read_heads), H=heads, TRACK_LINKS=track_links,
             DEALLOCATE=deallocate, SHARPEN=sharpness is not None, HAS_MASK=step_mask is not None, **tile,
-            num_warps=warps(slots, width), **LAUNCH,
+            num_warps=warps(slots, width), **ALL_REGISTERS,
         )  # fmt: skip
 
 

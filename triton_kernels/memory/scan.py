@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._common import on_device
 from . import backward, forward
+from ._launch import INTERFACE, STATE
 from .step import SAVED, contiguous
 
 
@@ -36,8 +37,8 @@ def memory_scan_fwd(
     save: bool,
 ) -> list[Tensor]:
     """Launcher of ``memkern::memory_scan_fwd``: three launches a step."""
-    first = contiguous(forward.STATE, state)
-    said = {name: field.transpose(0, 1).contiguous() for name, field in zip(forward.INTERFACE, interface, strict=True)}
+    first = contiguous(STATE, state)
+    said = {name: field.transpose(0, 1).contiguous() for name, field in zip(INTERFACE, interface, strict=True)}
     exponents, masks = _by_time(sharpness), _by_time(step_mask)
     steps, batch, read_heads, width = said["read_keys"].shape
     slots, heads = first["memory"].shape[1], first["write_weights"].shape[1]
@@ -75,14 +76,14 @@ def memory_scan_fwd(
             old, _at(said, t), None if exponents is None else exponents[t], None if masks is None else masks[t],
             track_usage, track_links, deallocate, new,
         )  # fmt: skip
-        old = old | {name: new[name] for name in forward.STATE if new[name].numel()}
-    last = {name: new[name] for name in forward.STATE}
+        old = old | {name: new[name] for name in STATE if new[name].numel()}
+    last = {name: new[name] for name in STATE}
     if save:
         # A history must not share its memory with a result.
         last |= {name: last[name].clone() for name in ("usage", "read_weights", "write_weights")}
     return [
         reads.transpose(0, 1).contiguous(),
-        *(last[name] for name in forward.STATE),
+        *(last[name] for name in STATE),
         *(kept[name] for name in SAVED),
         *(kept[name] for name in ("usage", "read_weights", "write_weights")),
         *saved.values(),
@@ -109,17 +110,17 @@ def memory_scan_bwd(
     checkpoint_every: int,
 ) -> list[Tensor]:
     """Launcher of ``memkern::memory_scan_bwd``: five launches a step."""
-    first = contiguous(forward.STATE, state)
-    said = {name: field.transpose(0, 1).contiguous() for name, field in zip(forward.INTERFACE, interface, strict=True)}
+    first = contiguous(STATE, state)
+    said = {name: field.transpose(0, 1).contiguous() for name, field in zip(INTERFACE, interface, strict=True)}
     exponents, masks, reads = _by_time(sharpness), _by_time(step_mask), _by_time(d_reads)
     given = (d_memory, d_usage, d_links, d_precedence, d_read_weights, d_write_weights)
     grads: dict[str, Tensor | None] = {
-        name: None if grad is None else grad.contiguous() for name, grad in zip(forward.STATE, given, strict=True)
+        name: None if grad is None else grad.contiguous() for name, grad in zip(STATE, given, strict=True)
     }
     kept = contiguous((*SAVED, "usage", "read_weights", "write_weights"), saved[:7])
     snapshots = contiguous(("memory", "links", "precedence"), saved[7:])
     steps = said["read_keys"].shape[0]
-    found: dict[str, list[Tensor]] = {name: [] for name in (*forward.INTERFACE, "sharpness")}
+    found: dict[str, list[Tensor]] = {name: [] for name in (*INTERFACE, "sharpness")}
     for begin in reversed(range(0, steps, checkpoint_every)):
         end = min(begin + checkpoint_every, steps)
         states = _segment(first, kept, snapshots, said, masks, begin, end, checkpoint_every, track_links, deallocate)
@@ -132,12 +133,12 @@ def memory_scan_bwd(
                 track_usage, track_links, deallocate, detach_usage,
             )  # fmt: skip
             # What has no gradient comes as an empty vector; an empty batch has gradients of its own shapes.
-            grads = {name: made[name] if made[name].shape == first[name].shape else None for name in forward.STATE}
+            grads = {name: made[name] if made[name].shape == first[name].shape else None for name in STATE}
             for name, pieces in found.items():
                 pieces.append(made[name])
     empty = first["memory"].new_empty((0,))
     results = []
-    for name in forward.STATE:
+    for name in STATE:
         grad = grads[name]
         results.append(empty.clone() if grad is None else grad)
     for name, pieces in found.items():

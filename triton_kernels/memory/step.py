@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import backward, forward
+from ._launch import INTERFACE, STATE
 
 SAVED = ("write_content", "allocation", "read_content", "mixed")
 
@@ -26,12 +27,12 @@ def memory_step_fwd(
     save: bool,
 ) -> list[Tensor]:
     """Launcher of ``memkern::memory_step_fwd``: three launches."""
-    old, said = contiguous(forward.STATE, state), contiguous(forward.INTERFACE, interface)
+    old, said = contiguous(STATE, state), contiguous(INTERFACE, interface)
     sharpness = None if sharpness is None else sharpness.contiguous()
     step_mask = None if step_mask is None else step_mask.contiguous()
     made = forward.outputs(old, said["read_keys"].shape[-1], sharpness, track_usage, track_links)
     forward.step(old, said, sharpness, step_mask, track_usage, track_links, deallocate, made)
-    results = [made["reads"], *(made[name] for name in forward.STATE)]
+    results = [made["reads"], *(made[name] for name in STATE)]
     return results + [made[name] if save else made[name].new_empty((0,)) for name in SAVED]
 
 
@@ -56,14 +57,13 @@ def memory_step_bwd(
     """Launcher of ``memkern::memory_step_bwd``: three launches."""
     given = (d_reads, d_memory, d_usage, d_links, d_precedence, d_read_weights, d_write_weights)
     grads = {
-        name: None if grad is None else grad.contiguous()
-        for name, grad in zip(("reads", *forward.STATE), given, strict=True)
+        name: None if grad is None else grad.contiguous() for name, grad in zip(("reads", *STATE), given, strict=True)
     }
-    old, said = contiguous(forward.STATE, state), contiguous(forward.INTERFACE, interface)
+    old, said = contiguous(STATE, state), contiguous(INTERFACE, interface)
     new = contiguous(("memory", "usage", "read_weights", "write_weights", *SAVED), saved)
     sharpness = None if sharpness is None else sharpness.contiguous()
     step_mask = None if step_mask is None else step_mask.contiguous()
     made = backward.step(
         grads, old, said, sharpness, step_mask, new, track_usage, track_links, deallocate, detach_usage
     )
-    return [made[name] for name in (*forward.STATE, *forward.INTERFACE, "sharpness")]
+    return [made[name] for name in (*STATE, *INTERFACE, "sharpness")]

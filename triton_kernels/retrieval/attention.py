@@ -222,6 +222,11 @@ def _warps(block_d: int) -> int:
     return 4 if block_d <= TILE else min(16, 4 * block_d // TILE)
 
 
+def _registers(warps: int) -> int:
+    """Enough that backward spills nothing, few enough for twelve warps on a multiprocessor."""
+    return min(168, 2048 // warps)
+
+
 def _pair_strides(x: Tensor, own: bool) -> tuple[int, int, int, int]:
     """Strides over b, a, t and the pair; a bank has no t."""
     return (*x.stride()[:4],) if own else (x.stride(0), x.stride(1), 0, x.stride(2))  # type: ignore[return-value]
@@ -296,6 +301,8 @@ def retrieved_attention_bwd(
     owner = torch.empty(rows * pairs if by_row else 0, dtype=torch.int32, device=device)
     block_q, block_c, block_d = _tile(pairs, width)
     query_strides = (*g.stride()[:3], *q.stride()[:3])
+    warps = _warps(block_d)
+    limited = {**LAUNCH, "num_warps": warps, "maxnreg": _registers(warps)}
     with on_device(queries):
         _attention_bwd[(triton.cdiv(rows, block_q),)](
             g, q, k, v, q if indices is None else indices, q if mask is None else mask, out, lse,
@@ -304,7 +311,7 @@ def retrieved_attention_bwd(
             *_optional_strides(indices), *_optional_strides(mask),
             HAS_INDICES=not own, HAS_MASK=mask is not None, NEED_QUERIES=need_queries,
             NEED_PAIRS=need_pairs if own else by_row, ONE_BLOCK=pairs <= block_c, D=width,
-            BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=_warps(block_d), **LAUNCH,
+            BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_D=block_d, **limited,
         )  # fmt: skip
         if by_row:
             entries = owner.numel()
@@ -315,6 +322,6 @@ def retrieved_attention_bwd(
                 g, q, k, v, lse, delta, owner, order, d_keys, d_values,
                 heads, count, pairs, bank, total_rows, entries, entries.bit_length(), scale,
                 *query_strides, *k.stride()[:3], *v.stride()[:3],
-                D=width, BLOCK_R=block_r, BLOCK_E=block_e, BLOCK_D=block_d, num_warps=_warps(block_d), **LAUNCH,
+                D=width, BLOCK_R=block_r, BLOCK_E=block_e, BLOCK_D=block_d, **limited,
             )  # fmt: skip
     return d_queries, d_keys, d_values

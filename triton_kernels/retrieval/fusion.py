@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import LAUNCH, adjacent, cast, on_device
+from .._common import ALL_REGISTERS, LAUNCH, adjacent, cast, on_device
 
 
 @triton.jit
@@ -126,6 +126,6 @@ def fuse_sources_bwd(
             g, tuple(given), tuple(x.stride(0) for x in given), gates, tuple(d_sources), d_gates,
             rows, width, count, g.stride(0), *gates.stride(),
             COLUMNS=tuple(columns), COUNT=len(given), BLOCK_N=triton.next_power_of_2(count),
-            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, **LAUNCH,
+            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
     return d_sources, d_gates
