@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -41,11 +42,22 @@ _BUILD = (_ROOT if (_ROOT / "pyproject.toml").exists() else Path(tempfile.gettem
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of a launcher on meta tensors. ``archs``: the capabilities whose configuration it is."""
+    """A call of a launcher on meta tensors.
+
+    ``archs``: the capabilities whose configuration it is; ``second``: those that the second Triton compiles too, by
+    default all of them. With ``MEMKERN_AOT=all`` every case is compiled for every capability by both.
+    """
 
     name: str
     launch: Callable[[], object]
     archs: tuple[int, ...] = ARCHS
+    second: tuple[int, ...] | None = None
+
+    def wanted(self, toolchain: str) -> tuple[int, ...]:
+        """The capabilities to compile for by the Triton of this name."""
+        if os.environ.get("MEMKERN_AOT") == "all":
+            return ARCHS
+        return self.archs if self.second is None or toolchain == "installed" else self.second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,21 +129,29 @@ def reports(path: str, toolchain: Toolchain) -> tuple[KernelReport, ...]:
         RuntimeError: a kernel does not compile; the message ends with the compiler's.
     """
     target = _BUILD / "aot" / f"{_digest(Path(path), toolchain)}.json"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        folders = [str(toolchain.folder)] if toolchain.folder else []
-        inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-        environment["PYTHONPATH"] = os.pathsep.join([*folders, str(_ROOT), *inherited])
-        environment["TRITON_CACHE_DIR"] = str(_BUILD / "triton-cache" / toolchain.name)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            answer = Path(scratch) / "reports.json"
-            command = [sys.executable, "-c", "from memkern.testing import aot; aot.main()", path, str(answer)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise RuntimeError(f"{Path(path).name} with the {toolchain.name} Triton:\n{done.stderr[-4000:]}")
-            answer.replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # One process compiles while those beside it wait for its answer.
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _compile_in_a_process(path, toolchain, target)
     return tuple(KernelReport(**{**fields, "grid": tuple(fields["grid"])}) for fields in json.loads(target.read_text()))
+
+
+def _compile_in_a_process(path: str, toolchain: Toolchain, target: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    folders = [str(toolchain.folder)] if toolchain.folder else []
+    inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    environment["PYTHONPATH"] = os.pathsep.join([*folders, str(_ROOT), *inherited])
+    environment["TRITON_CACHE_DIR"] = str(_BUILD / "triton-cache" / toolchain.name)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        answer = Path(scratch) / "reports.json"
+        program = [sys.executable, "-c", "from memkern.testing import aot; aot.main()"]
+        command = [*program, path, str(answer), toolchain.name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{Path(path).name} with the {toolchain.name} Triton:\n{done.stderr[-4000:]}")
+        answer.replace(target)
 
 
 def _digest(path: Path, toolchain: Toolchain) -> str:
@@ -143,6 +163,7 @@ def _digest(path: Path, toolchain: Toolchain) -> str:
     found = importlib.util.find_spec("triton")
     package = (toolchain.folder / "triton") if toolchain.folder else Path(str(found and found.origin)).parent
     digest.update((package / "__init__.py").read_bytes() + torch.__version__.encode())
+    digest.update(os.environ.get("MEMKERN_AOT", "").encode())
     return digest.hexdigest()[:24]
 
 
@@ -158,7 +179,9 @@ def assert_clean(found: Sequence[KernelReport]) -> None:
     assert not bad, "spills, or too much shared memory:\n" + "\n".join(bad)
 
 
-def compile_cases(cases: Sequence[Case], archs: Sequence[int] = ARCHS) -> list[KernelReport]:
+def compile_cases(
+    cases: Sequence[Case], archs: Sequence[int] = ARCHS, toolchain: str = "installed"
+) -> list[KernelReport]:
     """Compile in this process, in which Triton's interpreter must be off."""
     import triton
 
@@ -167,7 +190,7 @@ def compile_cases(cases: Sequence[Case], archs: Sequence[int] = ARCHS) -> list[K
     found = []
     for arch in archs:
         for case in cases:
-            if arch not in case.archs:
+            if arch not in case.wanted(toolchain):
                 continue
             with _compile_only(arch) as started:
                 case.launch()
@@ -264,12 +287,12 @@ def _machine_code(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def main() -> None:
-    """``aot.main()`` with ``FILE ANSWER`` on the command line: compile the file's ``CASES``, write JSON."""
-    path, answer = sys.argv[1:]
+    """``aot.main()`` with ``FILE ANSWER TOOLCHAIN`` on the command line: compile the file's ``CASES``, write JSON."""
+    path, answer, toolchain = sys.argv[1:]
     spec = importlib.util.spec_from_file_location("aot_cases", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = compile_cases(module.CASES)
+    found = compile_cases(module.CASES, toolchain=toolchain)
     Path(answer).write_text(json.dumps([dataclasses.asdict(report) for report in found]))

@@ -21,11 +21,6 @@ def toolchain(request: pytest.FixtureRequest) -> aot.Toolchain:
 OPEN = {
     "test_nvcc.py::test_compiles_without_spills[routing/forward.cu-80]": "six forward kernels spill 4 bytes on sm_80",
     "test_nvcc.py::test_compiles_without_spills[routing/row_ops.cu-100]": "a row kernel spills on sm_100",
-    "test_cosine_topk.py::test_no_kernel_spills[installed]": "scans of odd widths and the norms' backward spill",
-    "test_cosine_topk.py::test_no_kernel_spills[alternative]": "a case does not compile under Triton 3.6",
-    "test_cosine_topk.py::test_the_scan_runs_on_tensor_cores[alternative]": "a case does not compile under Triton 3.6",
-    "test_memory.py::test_no_kernel_spills[installed]": "wide slots and odd sizes spill up to 128 bytes",
-    "test_memory.py::test_no_kernel_spills[alternative]": "wide slots and odd sizes spill up to 128 bytes",
 }
 
 

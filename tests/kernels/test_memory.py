@@ -42,10 +42,10 @@ def step(
 
 def segment(B: int, N: int, W: int, R: int, H: int) -> None:
     """What only the scan starts: the write alone, and the links without reads."""
-    from memkern.triton_kernels.memory import forward
+    from memkern.triton_kernels.memory import _launch, forward
 
     state, said = fields(meta, B, N, W, R, H)
-    named = dict(zip(forward.INTERFACE, said, strict=True))
+    named = dict(zip(_launch.INTERFACE, said, strict=True))
     forward.write_memory(state[0], state[5], state[4], named, None, True, meta(B, N, W))
     forward.update_links(state[2], state[3], state[5], None, None, meta(B, H, N, N), meta(B, H, N))
 
@@ -71,27 +71,24 @@ def parts(B: int, N: int, W: int, R: int, H: int) -> None:
 
 
 CASES = [
-    aot.Case("large", lambda: step(64, 1024, 64, 4, 1)),
-    aot.Case("medium", lambda: step(32, 256, 64, 4, 1, sharpen=True), archs=(90,)),
+    aot.Case("large", lambda: step(64, 1024, 64, 4, 1), second=(80,)),
+    aot.Case("medium", lambda: step(32, 256, 64, 4, 1, sharpen=True, mask=meta(32, dtype=torch.bool)), archs=(90,)),
     aot.Case("wide", lambda: step(8, 64, 768, 4, 4, deallocate=True), archs=(90,)),
-    aot.Case("odd", lambda: step(2, 37, 7, 3, 2), archs=(90,)),
-    aot.Case("masked", lambda: step(8, 64, 64, 4, 1, mask=meta(8, dtype=torch.bool)), archs=(90,)),
-    aot.Case("one of each", lambda: step(1, 1, 1, 1, 1, sharpen=True), archs=(90,)),
+    aot.Case("odd", lambda: step(2, 37, 7, 3, 2), archs=(80,)),
+    aot.Case("one of each", lambda: step(1, 1, 1, 1, 1, sharpen=True), archs=(90,), second=()),
     aot.Case("parts", lambda: parts(32, 256, 64, 4, 2), archs=(90,)),
-    aot.Case("segment", lambda: segment(32, 256, 64, 4, 1), archs=(90,)),
+    aot.Case("segment", lambda: segment(32, 256, 64, 4, 1), archs=(90,), second=()),
 ]
 
 
 def test_no_kernel_spills(toolchain: aot.Toolchain) -> None:
-    found = aot.reports(__file__, toolchain)
-    # Odd sizes move single elements under many predicates, of which the assembler keeps a few bytes on the stack.
-    aot.assert_clean([r for r in found if r.case != "odd" or r.stack > 16])
+    aot.assert_clean(aot.reports(__file__, toolchain))
 
 
 def test_links_are_moved_16_bytes_at_a_time(toolchain: aot.Toolchain) -> None:
     for kernel in ("_links", "_links_bwd"):
         found = [r for r in aot.reports(__file__, toolchain) if (r.case, r.kernel) == ("large", kernel)]
-        assert len(found) == 3
+        assert {r.arch for r in found} >= {80}
         assert all(r.count("LDG.E.128") > 0 and r.count("STG.E.128") > 0 for r in found)
 
 

@@ -59,18 +59,20 @@ def spans(segments: int, tokens: int, dtype: torch.dtype = torch.float32) -> Non
 
 # What does not decide speed is compiled for one architecture.
 CASES = [
-    aot.Case("large", lambda: attention(8, 16, 2048, 64, 64)),
-    aot.Case("large float32 masked", lambda: attention(8, 16, 2048, 64, 64, dtype=torch.float32, masked=True)),
-    aot.Case("wide heads", lambda: attention(2, 4, 128, 16, 128), archs=(90,)),
+    aot.Case("large", lambda: attention(8, 16, 2048, 64, 64), second=(90,)),
+    aot.Case(
+        "large float32 masked", lambda: attention(8, 16, 2048, 64, 64, dtype=torch.float32, masked=True), second=(90,)
+    ),
+    aot.Case("wide heads", lambda: attention(2, 4, 128, 16, 128), archs=(100,)),
     aot.Case("many pairs", lambda: attention(1, 2, 128, 300, 256), archs=(90,)),
     aot.Case("odd", lambda: attention(1, 3, 5, 7, 33), archs=(90,)),
-    aot.Case("bank", lambda: attention(8, 16, 2048, 64, 64, bank=8192)),
-    aot.Case("bank odd", lambda: attention(1, 3, 5, 7, 33, bank=11, dtype=torch.float32, masked=True), archs=(90,)),
-    aot.Case("one of each", lambda: attention(1, 1, 1, 1, 1, bank=1, masked=True), archs=(90,)),
-    aot.Case("one segment", lambda: spans(1, 1), archs=(90,)),
-    aot.Case("fuse", lambda: fuse(16384, 1024, 3)),
-    aot.Case("fuse wide", lambda: fuse(16, 5000, 16, torch.float32), archs=(90,)),
-    aot.Case("spans", lambda: spans(64, 384)),
+    aot.Case("bank", lambda: attention(8, 16, 2048, 64, 64, bank=8192), second=(90,)),
+    aot.Case("bank odd", lambda: attention(1, 3, 5, 7, 33, bank=11, dtype=torch.float32, masked=True), archs=(80,)),
+    aot.Case("one of each", lambda: attention(1, 1, 1, 1, 1, bank=1, masked=True), archs=(90,), second=()),
+    aot.Case("one segment", lambda: spans(1, 1), archs=(90,), second=()),
+    aot.Case("fuse", lambda: fuse(16384, 1024, 3), second=(90,)),
+    aot.Case("fuse wide", lambda: fuse(16, 5000, 16, torch.float32), archs=(80,)),
+    aot.Case("spans", lambda: spans(64, 384), second=(90,)),
 ]
 
 
@@ -86,7 +88,7 @@ def test_no_kernel_spills(toolchain: aot.Toolchain) -> None:
 def test_pairs_are_moved_16_bytes_at_a_time(toolchain: aot.Toolchain, case: str) -> None:
     for kernel in ("_attention_fwd", "_attention_bwd"):
         reports = found(toolchain, case, kernel)
-        assert len(reports) == 3
+        assert {r.arch for r in reports} >= {90}
         assert all(r.count("LDG.E.128") >= 4 for r in reports)
     if case != "bank":
         assert all(r.count("STG.E.128") >= 4 for r in found(toolchain, case, "_attention_bwd"))

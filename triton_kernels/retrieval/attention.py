@@ -222,9 +222,9 @@ def _warps(block_d: int) -> int:
     return 4 if block_d <= TILE else min(16, 4 * block_d // TILE)
 
 
-def _registers(warps: int) -> int:
-    """Enough that backward spills nothing, few enough for twelve warps on a multiprocessor."""
-    return min(168, 2048 // warps)
+def _registers(warps: int, most: int) -> dict[str, int]:
+    """Left alone, the assembler may spill a few registers to make room for one block more."""
+    return {"num_warps": warps, "maxnreg": min(most, 2048 // warps)}
 
 
 def _pair_strides(x: Tensor, own: bool) -> tuple[int, int, int, int]:
@@ -302,8 +302,8 @@ def retrieved_attention_bwd(
     block_q, block_c, block_d = _tile(pairs, width)
     query_strides = (*g.stride()[:3], *q.stride()[:3])
     warps = _warps(block_d)
-    limited = {**LAUNCH, "num_warps": warps, "maxnreg": _registers(warps)}
     with on_device(queries):
+        # Few enough registers for twelve warps on a multiprocessor.
         _attention_bwd[(triton.cdiv(rows, block_q),)](
             g, q, k, v, q if indices is None else indices, q if mask is None else mask, out, lse,
             d_queries, d_keys, d_values, delta, owner, rows, heads, count, pairs, bank, total_rows, scale,
@@ -311,7 +311,7 @@ def retrieved_attention_bwd(
             *_optional_strides(indices), *_optional_strides(mask),
             HAS_INDICES=not own, HAS_MASK=mask is not None, NEED_QUERIES=need_queries,
             NEED_PAIRS=need_pairs if own else by_row, ONE_BLOCK=pairs <= block_c, D=width,
-            BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_D=block_d, **limited,
+            BLOCK_Q=block_q, BLOCK_C=block_c, BLOCK_D=block_d, **_registers(warps, 168), **LAUNCH,
         )  # fmt: skip
         if by_row:
             entries = owner.numel()
@@ -322,6 +322,6 @@ def retrieved_attention_bwd(
                 g, q, k, v, lse, delta, owner, order, d_keys, d_values,
                 heads, count, pairs, bank, total_rows, entries, entries.bit_length(), scale,
                 *query_strides, *k.stride()[:3], *v.stride()[:3],
-                D=width, BLOCK_R=block_r, BLOCK_E=block_e, BLOCK_D=block_d, **limited,
+                D=width, BLOCK_R=block_r, BLOCK_E=block_e, BLOCK_D=block_d, **_registers(warps, 255), **LAUNCH,
             )  # fmt: skip
     return d_queries, d_keys, d_values
