@@ -73,21 +73,14 @@ class FaissIndex:
         parameters = None
         if allowed is not None:
             slots = allowed.nonzero().squeeze(1).cpu().numpy().astype(np.int64)
-            selector = self._faiss.IDSelectorBatch(slots)
-            parameters = self._parameters(index, selector)
+            parameters = search_parameters(index.index, slots)
         scores, slots = index.search(self._prepare(queries), count, params=parameters)
         return torch.from_numpy(scores), torch.from_numpy(slots)
 
     def _build(self, ring: Ring) -> None:
         slots = np.fromiter(ring.rows(), dtype=np.int64, count=ring.size)
         rows = self._prepare(ring.embeddings[torch.from_numpy(slots)])
-        kind = factory_string(self._name, len(slots))
-        index = self._faiss.index_factory(self._width, kind, self._faiss.METRIC_INNER_PRODUCT)
-        if not index.is_trained:
-            index.train(rows)
-        if hasattr(index, "nprobe"):
-            index.nprobe = max(1, index.nlist // 8)
-        self._index = self._faiss.IndexIDMap2(index)
+        self._index = self._faiss.IndexIDMap2(trained(self._name, rows))
         self._index.add_with_ids(rows, slots)
 
     def _append(self, ring: Ring) -> None:
@@ -101,13 +94,28 @@ class FaissIndex:
         wide = rows.detach().float().cpu()
         return np.ascontiguousarray((torch.nn.functional.normalize(wide, dim=1) if self._unit else wide).numpy())
 
-    def _parameters(self, index: Any, selector: Any) -> Any:
-        inner = self._faiss.downcast_index(index.index)
-        if hasattr(inner, "hnsw"):
-            return self._faiss.SearchParametersHNSW(sel=selector, efSearch=max(64, inner.hnsw.efSearch))
-        if hasattr(inner, "nprobe"):
-            return self._faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
-        return self._faiss.SearchParameters(sel=selector)
+
+def search_parameters(index: Any, allowed: Any) -> Any:
+    """What restricts a search of this index (not an id map around it) to the (n,) int64 ids ``allowed``."""
+    faiss = require_faiss()
+    selector = faiss.IDSelectorBatch(allowed)
+    inner = faiss.downcast_index(index)
+    if hasattr(inner, "hnsw"):
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=max(64, inner.hnsw.efSearch))
+    if hasattr(inner, "nprobe"):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=inner.nprobe)
+    return faiss.SearchParameters(sel=selector)
+
+
+def trained(name: str, rows: Any) -> Any:
+    """An empty inner-product index of this name, made and trained for (n, d) rows."""
+    faiss = require_faiss()
+    index = faiss.index_factory(rows.shape[1], factory_string(name, len(rows)), faiss.METRIC_INNER_PRODUCT)
+    if not index.is_trained:
+        index.train(rows)
+    if hasattr(index, "nprobe"):
+        index.nprobe = max(1, index.nlist // 8)
+    return index
 
 
 def export(ids: Any, rows: Any, *, unit: bool) -> Any:

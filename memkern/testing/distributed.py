@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 _FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 _SLOW_TO_IMPORT = ("torch.distributed.fsdp", "torch._dynamo", "transformers.generation", "transformers.modeling_utils")
@@ -51,7 +52,7 @@ def spawn(function: Callable[..., None], *arguments: Any, world_size: int = 2) -
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.start_processes(
+            start_processes(
                 _rank,
                 args=(function, world_size, str(Path(folder, "store")), arguments),
                 nprocs=world_size,

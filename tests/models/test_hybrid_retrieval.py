@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -125,6 +128,41 @@ class TestBank:
             bank.add([{"id": "x", "inp_txt": "w1"}, {"id": "x", "inp_txt": "w2"}])
         bank.clear()
         assert not bank.is_ready()
+
+    @pytest.mark.parametrize("index", ["faiss-flat", "faiss-hnsw", "faiss-ivf"])
+    def test_faiss_finds_what_the_exact_search_does(self, index, tmp_path):
+        pytest.importorskip("faiss")
+        models = [built(external_index=name, use_gated_retrieval=False) for name in ("exact", index)]
+        models[1].load_state_dict(models[0].state_dict())
+        models.append(copy.deepcopy(models[1]))
+        ids, documents = tokens(3, 6, seed=9), torch.tensor([2, 1, 5])
+
+        def agree():
+            logits = [model(ids, document_ids=owner).logits for owner in (None, documents) for model in models]
+            assert torch.equal(logits[0], logits[1])
+            assert torch.equal(logits[3], logits[4])
+            return logits
+
+        for step in range(6):  # grows, then overwrites
+            for model in models[:2]:
+                model.write_external_memory(tokens(3, 7, seed=step), document_ids=torch.tensor([0, 1, 2]))
+            agree()
+        for model in models[:2]:
+            model.external_memory._hide([1, 3])
+        before = agree()
+        assert len(models[2].external_memory) == 0
+        models[1].save_pretrained(tmp_path)
+        again = HybridTransformerModel.from_pretrained(tmp_path).eval()
+        assert again.external_memory.index == index
+        assert torch.equal(again(ids).logits, before[1])
+
+    def test_names_that_faiss_does_not_know_and_a_missing_faiss(self, monkeypatch):
+        pytest.importorskip("faiss")
+        with pytest.raises(ValueError, match="external_index: FAISS does not understand 'Nonsense'"):
+            built(external_index="Nonsense")
+        monkeypatch.setitem(sys.modules, "faiss", None)
+        with pytest.raises(ImportError, match=r"memkern\[faiss\]"):
+            built(external_index="faiss-flat")
 
     def test_saving(self, tmp_path):
         model = built()

@@ -20,6 +20,8 @@ class HybridTransformerConfig(PreTrainedConfig):
         num_mem_heads: kept for earlier files; the bank has no heads.
         use_external_memory: retrieval from a bank of chunks in some layers.
         external_memory_size: tokens that the bank holds; the oldest chunks make room.
+        external_index: ``"exact"``, or a FAISS index for very large banks: ``"faiss-flat"``, ``"faiss-hnsw"``,
+            ``"faiss-ivf"`` or a FAISS factory string. It searches on the host, document by document.
         retrieval_k: tokens that a position reads, in whole chunks (at least one).
         chunk_size: tokens in a chunk.
         num_retrieval_layers: how many layers retrieve, spread evenly; by default a sixth of them, at least one.
@@ -50,6 +52,7 @@ class HybridTransformerConfig(PreTrainedConfig):
         num_mem_heads: int | None = None,
         use_external_memory: bool = True,
         external_memory_size: int = 1048576,
+        external_index: str = "exact",
         retrieval_k: int = 8,
         chunk_size: int = 4,
         num_retrieval_layers: int | None = None,
@@ -81,6 +84,7 @@ class HybridTransformerConfig(PreTrainedConfig):
         self.use_internal_memory, self.memory_slots = use_internal_memory, slots
         self.num_mem_heads = max(1, slots // 4) if num_mem_heads is None else num_mem_heads
         self.use_external_memory, self.external_memory_size = use_external_memory, external_memory_size
+        self.external_index = external_index
         self.retrieval_k, self.chunk_size, self.num_retrieval_layers = retrieval_k, chunk_size, num_retrieval_layers
         self.use_gated_retrieval, self.retrieval_threshold = use_gated_retrieval, retrieval_threshold
         self.gate_input, self.gate_scales_inference = gate_input, gate_scales_inference
@@ -119,6 +123,8 @@ class HybridTransformerConfig(PreTrainedConfig):
             )
         if not 0 <= self.retrieval_threshold <= 1:
             raise ValueError(f"retrieval_threshold: expected 0 to 1, got {self.retrieval_threshold}")
+        if not isinstance(self.external_index, str) or not self.external_index:
+            raise ValueError(f"external_index: expected 'exact' or an index of FAISS, got {self.external_index!r}")
         for name, known in (("gate_input", GATE_INPUTS), ("seq_adapt_method", ADAPTATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -16,6 +16,7 @@ from memkern.ops import cosine_topk
 
 if TYPE_CHECKING:
     from memkern.models.hybrid.configuration_hybrid import HybridTransformerConfig
+    from memkern.models.hybrid.faiss_search import FaissHeads
 
 NO_DOCUMENT = -1
 FORMAT_VERSION = 1
@@ -25,8 +26,9 @@ BANK_FILE, TENSOR_FILE = "external_memory.json", "external_memory.safetensors"
 class ExternalMemoryBank:
     """A ring of chunks; each holds, for every retrieving layer, the attention states of its tokens as keys and values.
 
-    A chunk's index vector is the mean of its keys, head by head. A search scores all of them by cosine, exactly. A
-    position with a document id finds only chunks of that document; without ids the whole bank is one document.
+    A chunk's index vector is the mean of its keys, head by head. A search scores all of them by cosine, exactly, or
+    asks FAISS (``config.external_index``), which runs on the host. A position with a document id finds only chunks of
+    that document; without ids the whole bank is one document.
 
     Args:
         config: sizes.
@@ -53,6 +55,12 @@ class ExternalMemoryBank:
         self.chunks_per_query = max(1, config.retrieval_k // config.chunk_size)
         self.drops_remainder = config.seq_adapt_method == "truncate"
         self.backend = config.memory_backend
+        self.index = config.external_index
+        self._faiss: dict[int, FaissHeads] = {}
+        if self.index != "exact":
+            from memkern.models.hybrid.faiss_search import FaissHeads
+
+            self._faiss = {layer: FaissHeads(self.index, self.head_dim) for layer in self.layers}
         self.tokenizer = tokenizer
         self._model = [model]  # in a list, so that it is no submodule of anything
         self._threshold = config.retrieval_threshold
@@ -168,19 +176,25 @@ class ExternalMemoryBank:
         rows = queries.detach().view(-1, self.heads, self.head_dim).transpose(0, 1)
         database = self._index[self.layers.index(layer), :, : self._used]
         live = self._live[: self._used]
-        wanted = owned = None
-        if documents is not None:
-            wanted = documents.expand(self.heads, -1)
-            owned = self._documents[: self._used].expand(self.heads, -1)
+        owned = self._documents[: self._used]
         # Named in a profile on every backend, the reference too, which has no operator of its own.
         with torch.profiler.record_function("memkern::cosine_topk"):
+            if layer in self._faiss:
+                return self._faiss[layer].search(
+                    database,
+                    self.epoch,
+                    rows,
+                    self.chunks_per_query,
+                    live if self._holes else None,
+                    None if documents is None else (documents, owned),
+                )
             found = cosine_topk(
                 rows.to(database.dtype),
                 database,
                 self.chunks_per_query,
                 valid=live.expand(self.heads, -1) if self._holes else None,
-                query_group=wanted,
-                row_group=owned,
+                query_group=None if documents is None else documents.expand(self.heads, -1),
+                row_group=None if documents is None else owned.expand(self.heads, -1),
                 backend=self.backend,
             )
         return found.indices

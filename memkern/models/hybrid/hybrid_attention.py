@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from memkern.models.hybrid.configuration_hybrid import HybridTransformerConfig
 from memkern.models.hybrid.external_memory import ExternalMemoryBank
@@ -23,18 +23,37 @@ SELF, INTERNAL, EXTERNAL = range(3)
 INITIAL_GATE = 0.5
 
 
-@dataclass
 class MemoryCall:
-    """What one call of the model hands to its layers, and what they hand back."""
+    """What one call of the model hands to its layers, and what they hand back.
 
-    memory: Tensor | None  # (B, L, S, S)
-    token_mask: Tensor | None  # (B, T) bool, the columns of this call
-    row_mask: Tensor | None  # (B,) bool
-    documents: Tensor | None  # (B,) int64 given by the caller
-    rows: Tensor  # (B,) int64 that the cache keys by: the documents, or a number for each anonymous row
-    external: bool
-    new_memory: dict[int, Tensor] = field(default_factory=dict)
-    capture: dict[int, Tensor] | None = None  # attention outputs of the retrieving layers, when they are being written
+    No dataclass: wrappers of modules, FSDP among them, copy those on their way, and what the layers hand back is lost.
+
+    Attributes:
+        memory: (B, L, S, S), None without an internal memory.
+        token_mask: (B, T) bool, the columns of this call.
+        row_mask: (B,) bool, rows that are not False change their state.
+        documents: (B,) int64 given by the caller.
+        rows: (B,) int64 that the cache keys by: the documents, or a number for each anonymous row.
+        external: whether the bank is asked.
+        open: layers whose scalar gate lets this call search.
+        new_memory: (B, S, S) by layer, filled by the layers.
+        capture: attention outputs of the retrieving layers, when they are being written.
+    """
+
+    def __init__(
+        self,
+        memory: Tensor | None,
+        token_mask: Tensor | None,
+        row_mask: Tensor | None,
+        documents: Tensor | None,
+        rows: Tensor,
+        external: bool,
+        open: frozenset[int],
+    ) -> None:
+        self.memory, self.token_mask, self.row_mask = memory, token_mask, row_mask
+        self.documents, self.rows, self.external, self.open = documents, rows, external, open
+        self.new_memory: dict[int, Tensor] = {}
+        self.capture: dict[int, Tensor] | None = None
 
 
 class ZeroLinear(nn.Linear):
@@ -70,12 +89,20 @@ class HybridMemoryAttention(nn.Module):
             self.external_proj = ZeroLinear(width, width, bias=False)
             if config.use_gated_retrieval:
                 self.gate_input = config.gate_input
-                self.g_retrieve = nn.Parameter(torch.tensor(INITIAL_GATE))
+                # One number; with an axis, since sharding refuses parameters that have none.
+                self.g_retrieve = nn.Parameter(torch.tensor([INITIAL_GATE]))
                 if self.gate_input == "token":
                     self.token_gate = ZeroLinear(width, 1, bias=False)
         self.cache = RetrievalCache()
         self.current: MemoryCall | None = None
         self._decision: tuple[Any, float] | None = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A gate that was saved as a plain number is one number all the same."""
+        gate = state_dict.get(f"{prefix}g_retrieve")
+        if gate is not None and gate.dim() == 0:
+            state_dict[f"{prefix}g_retrieve"] = gate.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def bank(self) -> ExternalMemoryBank | None:
@@ -137,7 +164,7 @@ class HybridMemoryAttention(nn.Module):
         if self.gate_input is None:
             slots = self._search(attention, call, bank)
             return self._attend(attention, slots, bank)
-        if self.training or self.gate_value() > bank.get_threshold():
+        if self.layer in call.open:
             slots = self._search(attention, call, bank)
             self.cache.put(call.rows, self._last(slots, call), bank.epoch)
             context = self._attend(attention, slots, bank)
@@ -204,13 +231,22 @@ class HybridMemoryAttention(nn.Module):
 
     # Gate
 
+    def is_open(self) -> bool:
+        """Whether a call searches: decided on the host, before the layers run. True without a scalar gate."""
+        if self.bank is None or self.gate_input != "scalar" or self.training:
+            return True
+        return self.gate_value() > self.bank.get_threshold()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gate_value(self) -> float:
         """sigmoid(g_retrieve) as the host last saw it; it looks again only after the parameter changed.
 
         On a GPU a change is noticed by the parameter's version, which optimisers and loading advance; writing through
-        ``.data`` there does not.
+        ``.data`` there does not. Of a sharded parameter it is gathered from all ranks at each call.
         """
         parameter = self.g_retrieve
+        if isinstance(parameter, DTensor):
+            return float(torch.sigmoid(parameter.full_tensor().detach().double()))
         if parameter.device.type == "cpu":
             state: Any = ctypes.string_at(parameter.data_ptr(), parameter.element_size())
         else:

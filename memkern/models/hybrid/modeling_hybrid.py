@@ -301,7 +301,10 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
         if memory_state is not None and memory is None:
             self._checked(memory_state)
         rows = document_ids if document_ids is not None else self._anonymous(batch, given.device)
-        return MemoryCall(memory, mask, document_mask, document_ids, rows, external)
+        searching = external and self.external_memory.is_ready()
+        layers = self.memory_layers.items() if searching else ()
+        opened = frozenset(int(name) for name, layer in layers if layer.is_open())  # type: ignore[operator, union-attr]
+        return MemoryCall(memory, mask, document_mask, document_ids, rows, external, opened)
 
     def _anonymous(self, batch: int, device: torch.device) -> Tensor:
         """(B,) numbers for rows without a document, the same tensor from call to call."""

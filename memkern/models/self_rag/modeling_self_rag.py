@@ -297,6 +297,7 @@ class SelfRAGModel(SelfRAGPreTrainedModel):
         with self._chosen_backend():
             return self.memory.add_batch(texts, embeddings, metas, token_ids=tokens)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def retrieve(
         self, query_emb: Tensor, top_k: int | None = None, *, groups: Sequence[Any] | None = None
     ) -> list[list[Hit]] | list[Hit]:
@@ -622,6 +623,21 @@ class SelfRAGModel(SelfRAGPreTrainedModel):
             return sequences
         found.sequences = sequences
         return found
+
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's, which is what generates."""
+        return self.backbone.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if "backbone" in self._modules:
+            self.backbone.generation_config = value
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's; adapters ask for it."""
+        backbone: Any = self.backbone
+        return backbone.prepare_inputs_for_generation(*args, **kwargs)
 
     # Saving
 
