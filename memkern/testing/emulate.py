@@ -62,12 +62,17 @@ def build() -> Path:
     torch_root = Path(torch.__file__).parent
     include = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_root / "include")]
     compiler = ["ccache", "g++"] if shutil.which("ccache") else ["g++"]
+    rewritten = {source: folder / f"{source.parent.name}_{source.stem}.cpp" for source in sources}
+    for source, target in rewritten.items():
+        target.write_text(as_cpp(source.read_text()))
+    # One unit for all that reads torch's headers.
+    bindings = folder / "bindings.cpp"
+    bound = [target for source, target in rewritten.items() if source.suffix == ".cpp"]
+    bindings.write_text("".join(f'#include "{target}"\n' for target in bound))
     objects = []
-    for source in sources:
-        rewritten = folder / f"{source.parent.name}_{source.stem}.cpp"
-        rewritten.write_text(as_cpp(source.read_text()))
-        objects.append(rewritten.with_suffix(".o"))
-        _run([*compiler, *FLAGS, *include, "-c", str(rewritten), "-o", str(objects[-1])])
+    for unit in [bindings, *(target for source, target in rewritten.items() if source.suffix == ".cu")]:
+        objects.append(unit.with_suffix(".o"))
+        _run([*compiler, *FLAGS, *include, "-c", str(unit), "-o", str(objects[-1])])
     partial = library.with_suffix(".partial")
     link = ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(partial), f"-L{torch_root / 'lib'}"]
     _run([*link, "-ltorch_cpu", "-lc10"])

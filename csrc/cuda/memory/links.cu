@@ -414,22 +414,16 @@ cudaError_t link_pass(LinkPass p, cudaStream_t stream) {
   bool update = p.to != nullptr;
   for (int first = 0; first < p.sizes.read_heads; first += kReads) {
     const int count = p.sizes.read_heads - first < kReads ? p.sizes.read_heads - first : kReads;
-#define MK_PASS(R, V)                                                     \
-  if (update) {                                                           \
-    forward<R, V, true><<<grid, kThreads, 0, stream>>>(p, first, count);  \
-  } else {                                                                \
-    forward<R, V, false><<<grid, kThreads, 0, stream>>>(p, first, count); \
+#define MK_PASS(V)                                                             \
+  if (update) {                                                                \
+    forward<kReads, V, true><<<grid, kThreads, 0, stream>>>(p, first, count);  \
+  } else {                                                                     \
+    forward<kReads, V, false><<<grid, kThreads, 0, stream>>>(p, first, count); \
   }
-    if (count == 1) {
-      if (wide) {
-        MK_PASS(1, 4)
-      } else {
-        MK_PASS(1, 1)
-      }
-    } else if (wide) {
-      MK_PASS(kReads, 4)
+    if (wide) {
+      MK_PASS(4)
     } else {
-      MK_PASS(kReads, 1)
+      MK_PASS(1)
     }
 #undef MK_PASS
     if (update) {
@@ -454,22 +448,16 @@ cudaError_t link_pass_backward(LinkBackward p, cudaStream_t stream) {
   for (int first = 0; first < p.sizes.read_heads; first += kReads) {
     const int left = p.sizes.read_heads - first, count = left < kReads ? left : kReads;
     const bool finish = left <= kReads;
-#define MK_PASS(R, V)                                                      \
-  if (finish) {                                                            \
-    backward<R, V, true><<<grid, kThreads, 0, stream>>>(p, first, count);  \
-  } else {                                                                 \
-    backward<R, V, false><<<grid, kThreads, 0, stream>>>(p, first, count); \
+#define MK_PASS(V)                                                              \
+  if (finish) {                                                                 \
+    backward<kReads, V, true><<<grid, kThreads, 0, stream>>>(p, first, count);  \
+  } else {                                                                      \
+    backward<kReads, V, false><<<grid, kThreads, 0, stream>>>(p, first, count); \
   }
-    if (count == 1) {
-      if (wide) {
-        MK_PASS(1, 4)
-      } else {
-        MK_PASS(1, 1)
-      }
-    } else if (wide) {
-      MK_PASS(kReads, 4)
+    if (wide) {
+      MK_PASS(4)
     } else {
-      MK_PASS(kReads, 1)
+      MK_PASS(1)
     }
 #undef MK_PASS
     p.grad = p.d_links;
