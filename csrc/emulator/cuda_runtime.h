@@ -18,7 +18,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-#define __shared__ static  // blocks run one after another
+#define __shared__ static  // blocks run one after another; those of a cluster may use dynamic shared memory alone
 #define __restrict__ __restrict
 
 struct dim3 {
@@ -83,9 +83,12 @@ void wait_for_warp(unsigned int mask);
 void* shown();
 const void* shown_by(int lane);
 void next_round();
-// Runs body(thread) for every thread of every block.
-void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
+// Runs body() as every thread of every block, `cluster` blocks at a time (these share what is __shared__ by name).
+void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body, int cluster = 1);
 void* dynamic_shared();
+void wait_for_cluster();
+// The same place in the dynamic shared memory of another block of the cluster.
+const void* of_peer(const void* own, int rank);
 
 struct Launch {
   dim3 grid, block;

@@ -25,8 +25,8 @@ struct Fiber {
   ucontext_t entry;
   jmp_buf place;
   std::vector<char> stack = std::vector<char>(kStack);
-  dim3 thread;
-  int index = 0, round = 0;
+  dim3 thread, block_index;
+  int index = 0, block = 0, round = 0;
   bool started = false, done = false;
 };
 
@@ -36,10 +36,16 @@ struct Warp {
   alignas(16) char shown[2][kWarp][16];
 };
 
+struct Block {
+  Barrier barrier;
+  int alive = 0;
+  std::vector<char> shared;
+};
+
 std::vector<Fiber*> fibers;
 std::vector<Warp> warps;
-std::vector<char> shared_memory;
-Barrier of_block;
+std::vector<Block> blocks;  // of the cluster that runs
+Barrier of_cluster;
 int alive = 0;
 bool moved = false;  // since the scheduler last began with the first fiber
 Fiber* current = nullptr;
@@ -66,6 +72,7 @@ void wait(Barrier& barrier, const int& expected) {
   }
 }
 
+Block& own_block() { return blocks[static_cast<size_t>(current->block)]; }
 Warp& own_warp() { return warps[static_cast<size_t>(current->index / kWarp)]; }
 
 void run_fiber() {
@@ -73,8 +80,10 @@ void run_fiber() {
   Fiber* self = current;
   self->done = true;
   Warp& warp = own_warp();
+  Block& block = own_block();
   // Barriers count the threads that are still there.
-  if (--alive > 0 && of_block.here >= alive) release(of_block);
+  if (--alive > 0 && of_cluster.here >= alive) release(of_cluster);
+  if (--block.alive > 0 && block.barrier.here >= block.alive) release(block.barrier);
   if (--warp.alive > 0 && warp.barrier.here >= warp.alive) release(warp.barrier);
   moved = true;
   _longjmp(scheduler, 1);
@@ -83,6 +92,7 @@ void run_fiber() {
 void resume(Fiber* fiber) {
   current = fiber;
   threadIdx = fiber->thread;
+  blockIdx = fiber->block_index;
   if (_setjmp(scheduler) != 0) return;
   if (fiber->started) _longjmp(fiber->place, 1);
   fiber->started = true;
@@ -94,22 +104,27 @@ void resume(Fiber* fiber) {
   setcontext(&fiber->entry);
 }
 
-void run_block(int threads) {
-  alive = threads;
-  of_block = Barrier{};
-  warps.assign(static_cast<size_t>((threads + kWarp - 1) / kWarp), Warp{});
-  for (int i = 0; i < threads; ++i) {
+void run_cluster(int threads) {
+  const int count = int(blocks.size()), per_block = (threads + kWarp - 1) / kWarp;
+  alive = threads * count;
+  of_cluster = Barrier{};
+  warps.assign(static_cast<size_t>(per_block * count), Warp{});
+  for (int i = 0; i < alive; ++i) {
     Fiber* fiber = fibers[static_cast<size_t>(i)];
-    fiber->index = i;
+    const int block = i / threads, thread = i % threads;
+    fiber->block = block;
+    fiber->index = block * per_block * kWarp + thread;
     fiber->round = 0;
     fiber->started = fiber->done = false;
-    fiber->thread = dim3(unsigned(i) % blockDim.x, unsigned(i) / blockDim.x % blockDim.y,
-                         unsigned(i) / blockDim.x / blockDim.y);
-    ++warps[static_cast<size_t>(i / kWarp)].alive;
+    fiber->block_index = dim3(blockIdx.x + unsigned(block), blockIdx.y, blockIdx.z);
+    fiber->thread = dim3(unsigned(thread) % blockDim.x, unsigned(thread) / blockDim.x % blockDim.y,
+                         unsigned(thread) / blockDim.x / blockDim.y);
+    ++warps[static_cast<size_t>(fiber->index / kWarp)].alive;
   }
+  const int all = alive;
   while (alive > 0) {
     moved = false;
-    for (int i = 0; i < threads; ++i) {
+    for (int i = 0; i < all; ++i) {
       if (!fibers[static_cast<size_t>(i)]->done) resume(fibers[static_cast<size_t>(i)]);
     }
     if (!moved) {
@@ -121,7 +136,8 @@ void run_block(int threads) {
 
 }  // namespace
 
-void wait_for_block() { wait(of_block, alive); }
+void wait_for_block() { wait(own_block().barrier, own_block().alive); }
+void wait_for_cluster() { wait(of_cluster, alive); }
 void wait_for_warp(unsigned int mask) {
   Warp& warp = own_warp();
   const int named = __builtin_popcount(mask);
@@ -130,21 +146,29 @@ void wait_for_warp(unsigned int mask) {
 void* shown() { return own_warp().shown[current->round][current->index % kWarp]; }
 const void* shown_by(int lane) { return own_warp().shown[current->round][lane]; }
 void next_round() { current->round ^= 1; }
-void* dynamic_shared() { return shared_memory.data(); }
+void* dynamic_shared() { return own_block().shared.data(); }
+const void* of_peer(const void* own, int rank) {
+  const char* base = own_block().shared.data();
+  return blocks[static_cast<size_t>(rank)].shared.data() + (static_cast<const char*>(own) - base);
+}
 
-void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body, int cluster) {
   const int threads = int(block.x * block.y * block.z);
-  while (fibers.size() < static_cast<size_t>(threads)) fibers.push_back(new Fiber);
+  while (fibers.size() < static_cast<size_t>(threads * cluster)) fibers.push_back(new Fiber);
   gridDim = grid;
   blockDim = block;
   work = &body;
   for (unsigned int z = 0; z < grid.z; ++z) {
     for (unsigned int y = 0; y < grid.y; ++y) {
-      for (unsigned int x = 0; x < grid.x; ++x) {
+      for (unsigned int x = 0; x < grid.x; x += unsigned(cluster)) {
         blockIdx = dim3(x, y, z);
-        // Uninitialised: a NaN shows who reads what nobody wrote.
-        shared_memory.assign(shared, char(0xff));
-        run_block(threads);
+        blocks.assign(static_cast<size_t>(cluster), Block{});
+        for (Block& one : blocks) {
+          one.alive = threads;
+          // Uninitialised: a NaN shows who reads what nobody wrote.
+          one.shared.assign(shared, char(0xff));
+        }
+        run_cluster(threads);
       }
     }
   }

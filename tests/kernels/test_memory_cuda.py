@@ -57,10 +57,33 @@ def test_step(shape: tuple[int, ...], options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("every", [2, 9])
 def test_scan(every: int) -> None:
-    made = inputs({"B": 2, "N": 12, "W": 6, "R": 3, "H": 2, "T": 4})
+    made = inputs({"B": 2, "N": 11, "W": 6, "R": 3, "H": 2, "T": 4})
     mask = torch.tensor([[True, True, False, True], [False, True, True, False]])
     options = {"step_mask": mask, "sharpness": 2.0, "deallocate": True, "checkpoint_every": every}
     assert_matches(on_cuda(ops.memory_scan), reference.memory_scan, made | options)
+
+
+RESIDENT = {
+    "one block": ((2, 12, 6, 3, 2), {"sharpness": 2.0, "deallocate": True}),
+    "two blocks": ((1, 72, 20, 5, 1), {}),
+    "four blocks": ((1, 132, 7, 1, 1), {"track_usage": False}),
+    "no links": ((1, 68, 5, 2, 1), {"track_links": False}),
+}
+
+
+@pytest.mark.parametrize(("shape", "options"), RESIDENT.values(), ids=RESIDENT.keys())
+def test_scan_with_links_and_memory_on_chip(
+    shape: tuple[int, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, what backward reads, and every gradient of the scan that is one launch of clusters."""
+    made = inputs(dict(zip("BNWRHT", (*shape, 4), strict=True)))
+    mask = torch.tensor([[True, True, False, True], [False, True, True, True]])[: shape[0]]
+    options = options | {"step_mask": mask, "checkpoint_every": 2}
+    apart, _ = ops.memory_scan(**made, **options, backend="cuda")
+    monkeypatch.setenv("MEMKERN_EMULATED_CLUSTERS", "1")
+    assert_matches(on_cuda(ops.memory_scan), reference.memory_scan, made | options)
+    together, _ = ops.memory_scan(**made, **options, backend="cuda")
+    assert shape[1] < 64 or not torch.equal(together, apart), "both took the same way"
 
 
 @pytest.mark.parametrize(

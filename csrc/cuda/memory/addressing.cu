@@ -109,19 +109,21 @@ __global__ void __launch_bounds__(kThreads, 1) sharpen_rows_backward(const float
 
 __global__ void __launch_bounds__(kThreads, 1) allocate(const float* usage, int n, Order orders, float* weights) {
   __shared__ Shared shared;
+  __shared__ uint32_t held[kRanked];
   const int64_t b = blockIdx.x;
   const Order order = order_of(orders, b, n);
-  fill(order, usage + b * n, n, shared);
+  fill(order, usage + b * n, n, held, shared);
   MK_FOR_SLOTS(i, n) weights[b * n + i] = allocation_at(order, usage[b * n + i], i);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) allocate_rows_backward(const float* grad, const float* usage, int n,
                                                                   Order orders, float* d_usage) {
   __shared__ Shared shared;
+  __shared__ uint32_t held[kRanked];
   const int64_t b = blockIdx.x;
   const Order order = order_of(orders, b, n);
   MK_FOR_SLOTS(i, n) d_usage[b * n + i] = 0.0f;
-  fill(order, usage + b * n, n, shared);
+  fill(order, usage + b * n, n, held, shared);
   slots::allocate_backward(order, usage + b * n, grad + b * n, n, d_usage + b * n, shared);
 }
 

@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(kThreads, 1) back_through_reads(const Backward
 
 // From the gradients of one head's write weights to those of its gates, lookup and allocation.
 __device__ __forceinline__ void back_through_head(const Backward& p, const Said<const float*>& said,
-                                                  const Said<float*>& d, int64_t b, int h, Shared& shared) {
+                                                  const Said<float*>& d, int64_t b, int h, uint32_t* held,
+                                                  Shared& shared) {
   const Shape& s = p.shape;
   const int n = s.slots, writes = s.write_heads;
   const int64_t row = (b * writes + h) * n;
@@ -125,7 +126,7 @@ __device__ __forceinline__ void back_through_head(const Backward& p, const Said<
   }
   if (s.track_usage) {
     const Order order = order_of(p.order, b, n);
-    fill(order, seen, n, shared);
+    fill(order, seen, n, held, shared);
     allocate_backward(order, seen, d_allocated, n, d_seen, shared);
   }
 }
@@ -134,6 +135,7 @@ __device__ __forceinline__ void back_through_head(const Backward& p, const Said<
 // usage and of the write lookup.
 __global__ void __launch_bounds__(kThreads, 1) back_through_write(const Backward p) {
   __shared__ Shared shared;
+  __shared__ uint32_t held[kRanked];
   __shared__ Columns sums;
   const Shape& s = p.shape;
   const Part part(s);
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, 1) back_through_write(const Backward
     }
   }
   MK_FOR_SLOTS(i, n) p.d_seen[b * n + i] = 0.0f;
-  for (int h = writes - 1; h >= 0; --h) back_through_head(p, said, d, b, h, shared);
+  for (int h = writes - 1; h >= 0; --h) back_through_head(p, said, d, b, h, held, shared);
   if (s.track_usage) {
     const float* d_usage = of_item(p.grads.usage, b, n);
     MK_FOR_SLOTS(i, n) p.d_usage[b * n + i] = (d_usage == nullptr ? 0.0f : d_usage[i]) + p.d_seen[b * n + i];

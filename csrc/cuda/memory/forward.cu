@@ -3,6 +3,7 @@
 //
 // The first and the last cut each batch item's memory into parts. The last part of an item to be done goes on with
 // what needs all slots at once.
+#include "cuda/memory/resident.cuh"
 #include "cuda/memory/step.cuh"
 
 namespace memkern::cuda {
@@ -33,6 +34,7 @@ __device__ __forceinline__ void copy(const float* from, float* to, int count) {
 // Usage, write lookup, allocation and the write weights.
 __global__ void __launch_bounds__(kThreads, 1) write_weights(const Forward p) {
   __shared__ Shared shared;
+  __shared__ uint32_t held[kRanked];
   const Shape& s = p.shape;
   const Part part(s);
   const int64_t b = part.batch;
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1) write_weights(const Forward p) {
     const float factor = said.write_strengths[h] * inverse_norm(square_sum(key, s.width, shared));
     float* found = content + int64_t(h) * n;
     softmax(found, n, factor, nullptr, shared);
-    if (s.track_usage) fill(order, seen, n, shared);
+    if (s.track_usage) fill(order, seen, n, held, shared);
     const float gate = said.write_gates[h], towards = said.allocation_gates[h];
     MK_FOR_SLOTS(i, n) {
       float a = 1.0f / float(n);
@@ -170,42 +172,6 @@ __global__ void __launch_bounds__(kThreads, 1) read_memory(const Forward p) {
       [&](int r, int k, float sum) { result[int64_t(r) * width + k] = sum; });
 }
 
-__global__ void __launch_bounds__(kThreads, 1) repeat_write(const Rewrite p) {
-  __shared__ Shared shared;
-  const Shape& s = p.shape;
-  const Part part(s);
-  const int64_t b = part.batch;
-  const int n = s.slots, width = s.width, writes = s.write_heads;
-  const bool runs = s.runs(b);
-  const Said<const float*> said(s, p.interface, static_cast<const void*>(nullptr), b);
-  const float* write = p.write_weights + b * writes * n;
-  if (p.to_memory != nullptr) {
-    const float *from = p.memory + b * n * width, *read = p.read_weights + b * s.read_heads * n;
-    float* to = p.to_memory + b * n * width;
-    each_element(part.range, width, [&](int i, int k) {
-      const int64_t at = int64_t(i) * width + k;
-      if (!runs) {
-        to[at] = from[at];
-        return;
-      }
-      const float scale = s.deallocate ? retention_at(read, said.free_gates, s.read_heads, n, i) : 1.0f;
-      to[at] = written(from[at] * scale, write, said.erase_vectors, said.write_vectors, writes, n, width, i, k);
-    });
-  }
-  if (p.to_precedence != nullptr && part.index == 0) {
-    const float* from = p.precedence + b * writes * n;
-    float* to = p.to_precedence + b * writes * n;
-    for (int h = 0; h < writes; ++h) {
-      const int64_t at = int64_t(h) * n;
-      if (runs) {
-        follow(from + at, write + at, n, to + at, shared);
-      } else {
-        copy(from + at, to + at, n);
-      }
-    }
-  }
-}
-
 Forward carve(const MemorySizes& sizes, bool kept_write, bool kept_allocation, bool kept_read, bool kept_mixed,
               Pieces& pieces) {
   const int64_t b = sizes.batch, n = sizes.slots, reads = sizes.read_heads, writes = sizes.write_heads;
@@ -244,11 +210,6 @@ cudaError_t run_step(const Forward& f, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t rewrite(const Rewrite& p, cudaStream_t stream) {
-  repeat_write<<<p.shape.blocks(), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
-}
-
 }  // namespace slots
 
 int64_t memory_forward_scratch(const MemorySizes& sizes) {
@@ -261,6 +222,8 @@ cudaError_t memory_forward(const MemoryForward& p, float* scratch, int32_t* tick
   using namespace slots;
   const MemorySizes& s = p.sizes;
   if (s.batch == 0 || s.steps == 0) return cudaSuccess;
+  cudaError_t error = cudaSuccess;
+  if (resident_forward(p, stream, error)) return error;
   const int64_t b = s.batch, n = s.slots, reads = s.read_heads, writes = s.write_heads;
   Pieces pieces(scratch);
   Forward f = carve(s, p.saved.write_content != nullptr, p.saved.allocation != nullptr, p.saved.read_content != nullptr,

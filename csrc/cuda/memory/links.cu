@@ -2,45 +2,13 @@
 //
 // A warp takes kHeight rows by kWarp packs of columns at a time. Sums along columns stay in registers for all rows of
 // the block, and meet at the end of the columns; sums along rows meet in the warp and are kept in shared memory.
-#include "cuda/memory/links.cuh"
+#include "cuda/memory/link_rows.cuh"
 
 #include <initializer_list>
 
 namespace memkern::cuda::slots {
 
 namespace {
-
-constexpr int kHeight = 4, kReads = 4;  // read heads in one pass; more take further passes
-
-template <int V>
-__device__ __forceinline__ void load_at(const float* p, bool inside, float (&x)[V]) {
-  if (inside) {
-    load(p, x);
-  } else {
-#pragma unroll
-    for (int v = 0; v < V; ++v) x[v] = 0.0f;
-  }
-}
-
-// Adds each of K values over the warp. Lanes l of a group of kWarp / K return value l / (kWarp / K).
-template <int K, int Step = kWarp / 2>
-__device__ __forceinline__ float sums_of(const float (&x)[K]) {
-  if constexpr (K > 1) {
-    const bool upper = (threadIdx.x & Step) != 0;
-    float half[K / 2];
-#pragma unroll
-    for (int i = 0; i < K / 2; ++i) {
-      const float mine = upper ? x[i + K / 2] : x[i], theirs = upper ? x[i] : x[i + K / 2];
-      half[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, Step);
-    }
-    return sums_of<K / 2, Step / 2>(half);
-  } else {
-    float sum = x[0];
-#pragma unroll
-    for (int step = Step; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-  }
-}
 
 // Where a block is: its batch item and head, and its rows.
 struct Place {
@@ -62,17 +30,12 @@ __device__ __forceinline__ void copy_rows(const float* from, float* to, int64_t 
   for (int64_t i = threadIdx.x; i < count; i += kThreads) to[i] = from == nullptr ? 0.0f : from[i];
 }
 
-// The factor of a link that is kept, at least 0; a NaN stays.
-__device__ __forceinline__ float at_least_zero(float kept) { return kept < 0.0f ? 0.0f : kept; }
-
 // R read heads from `first` on, of which `count` exist; without UPDATE, `from` is already what is read.
 template <int R, int V, bool UPDATE>
 __global__ void __launch_bounds__(kThreads, 1) forward(const LinkPass p, int first, int count) {
-  constexpr int kSpan = kWarp * V;
-  __shared__ float columns[kWarps][R > 0 ? R : 1][kSpan];
-  __shared__ float sums[R > 0 ? R : 1][kLinkRows], weights[R > 0 ? R : 1][kLinkRows], written[kLinkRows];
+  __shared__ LinkTile<R, V> shared;
   const Place at(p.sizes);
-  const int n = p.sizes.slots, heads = p.sizes.read_heads;
+  const int n = p.sizes.slots, heads = p.sizes.read_heads, blocks = (n + kLinkRows - 1) / kLinkRows;
   const int64_t offset = (at.plane * n + at.begin) * n;
   const float* from = p.from + offset;
   float* to = UPDATE ? p.to + offset : nullptr;
@@ -80,91 +43,18 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const LinkPass p, int fir
     if (UPDATE && from != to) copy_rows(from, to, int64_t(at.rows) * n);
     return;
   }
-  const float* write = UPDATE ? p.write + at.plane * n : nullptr;
-  const float* precedence = UPDATE ? p.precedence + at.plane * n : nullptr;
-  const float* reads = R > 0 ? p.reads + (at.batch * heads + first) * n : nullptr;
-  for (int i = threadIdx.x; i < kLinkRows; i += kThreads) {
-    const bool inside = i < at.rows;
-    written[i] = UPDATE && inside ? write[at.begin + i] : 0.0f;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      weights[r][i] = inside && r < count ? reads[int64_t(r) * n + at.begin + i] : 0.0f;
-      sums[r][i] = 0.0f;
-    }
+  LinkRows rows{n, at.begin, at.rows, count, from, to};
+  if (UPDATE) {
+    rows.write = p.write + at.plane * n;
+    rows.precedence = p.precedence + at.plane * n;
   }
-  __syncthreads();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int start = 0; start < n; start += kSpan) {
-    const int j = start + lane * V;
-    const bool inside = j < n;
-    float wj[V], pj[V], rj[R > 0 ? R : 1][V], down[R > 0 ? R : 1][V] = {};
-    load_at(write + j, UPDATE && inside, wj);
-    load_at(precedence + j, UPDATE && inside, pj);
-#pragma unroll
-    for (int r = 0; r < R; ++r) load_at(reads + int64_t(r) * n + j, inside && r < count, rj[r]);
-    for (int group = warp * kHeight; group < at.rows; group += kWarps * kHeight) {
-      float l[kHeight][V];
-#pragma unroll
-      for (int a = 0; a < kHeight; ++a) {
-        load_at(from + int64_t(group + a) * n + j, inside && group + a < at.rows, l[a]);
-      }
-      if constexpr (UPDATE) {
-#pragma unroll
-        for (int a = 0; a < kHeight; ++a) {
-          const float wi = written[group + a];
-          const int i = at.begin + group + a;
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            l[a][v] = i == j + v ? 0.0f : fmaf(at_least_zero((1.0f - wi) - wj[v]), l[a][v], wi * pj[v]);
-          }
-          if (inside && group + a < at.rows) store(to + int64_t(group + a) * n + j, l[a]);
-        }
-      }
-      if constexpr (R > 0) {
-        float along[kHeight * R] = {};
-#pragma unroll
-        for (int a = 0; a < kHeight; ++a) {
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            const float ri = weights[r][group + a];
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-              along[a * R + r] = fmaf(l[a][v], rj[r][v], along[a * R + r]);
-              down[r][v] = fmaf(l[a][v], ri, down[r][v]);
-            }
-          }
-        }
-        const float sum = sums_of(along);
-        constexpr int kShare = kWarp / (kHeight * R);
-        if (lane % kShare == 0) sums[lane / kShare % R][group + lane / kShare / R] += sum;
-      }
-    }
-    if constexpr (R > 0) {
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) columns[warp][r][lane * V + v] = down[r][v];
-      }
-      __syncthreads();
-      const int blocks = (n + kLinkRows - 1) / kLinkRows;
-      float* back = p.back + ((at.plane * blocks + at.block) * heads + first) * n + start;
-      for (int k = threadIdx.x; k < count * kSpan; k += kThreads) {
-        const int r = k / kSpan, c = k % kSpan;
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += columns[w][r][c];
-        if (start + c < n) back[int64_t(r) * n + c] = sum;
-      }
-      __syncthreads();
-    }
+  if (R > 0) {
+    rows.reads = p.reads + (at.batch * heads + first) * n;
+    rows.ahead = p.ahead + (at.plane * heads + first) * n + at.begin;
+    rows.ahead_stride = n;
+    rows.back = p.back + ((at.plane * blocks + at.block) * heads + first) * n;
   }
-  if constexpr (R > 0) {
-    float* ahead = p.ahead + (at.plane * heads + first) * n + at.begin;
-    for (int k = threadIdx.x; k < count * kLinkRows; k += kThreads) {
-      const int r = k / kLinkRows, i = k % kLinkRows;
-      if (i < at.rows) ahead[int64_t(r) * n + i] = sums[r][i];
-    }
-  }
+  link_rows<R, V, UPDATE>(rows, shared);
 }
 
 // R read heads as above. FINISH goes back through the update, otherwise d_links keeps the gradient of the links after

@@ -201,8 +201,7 @@ struct Order {
 // Two roundings, as everywhere: fused, near ties would fall differently.
 __device__ __forceinline__ float key_of(float usage) { return __fadd_rn(__fmul_rn(usage, kKept), kUsageEps); }
 
-__device__ __forceinline__ void rank(const Order& order, int n) {
-  __shared__ uint32_t held[kRanked];
+__device__ __forceinline__ void rank(const Order& order, int n, uint32_t* held) {
   __syncthreads();
   MK_FOR_SLOTS(i, n) held[i] = ordered(order.keys[i]);
   __syncthreads();
@@ -243,13 +242,14 @@ __device__ __forceinline__ void sort(const Order& order, int n) {
   __syncthreads();
 }
 
-// Fills the order of these usages and the products of all earlier ones.
-__device__ __forceinline__ void fill(const Order& order, const float* usage, int n, Shared& shared) {
+// Fills the order of these usages and the products of all earlier ones. `held`: n elements of shared memory, at most
+// kRanked.
+__device__ __forceinline__ void fill(const Order& order, const float* usage, int n, uint32_t* held, Shared& shared) {
   MK_FOR_SLOTS(i, n) order.keys[i] = key_of(usage[i]);
   if (n > kRanked) {
     sort(order, n);
   } else {
-    rank(order, n);
+    rank(order, n, held);
   }
   const int each = (n + kThreads - 1) / kThreads;
   const int begin = min(int(threadIdx.x) * each, n), end = min(begin + each, n);

@@ -102,8 +102,8 @@ struct Said {
 // Hands out pieces of one allocation, each 16-byte aligned; from null, it counts.
 class Pieces {
  public:
-  explicit Pieces(float* at) : at_(at) {}
-  float* take(int64_t count) {
+  __host__ __device__ explicit Pieces(float* at) : at_(at) {}
+  __host__ __device__ float* take(int64_t count) {
     const int64_t place = count_;
     count_ += (count + 3) / 4 * 4;
     return at_ == nullptr ? nullptr : at_ + place;
@@ -116,7 +116,7 @@ class Pieces {
     found.sorted = reinterpret_cast<uint64_t*>(take(2 * batch * sort_size(slots)));
     return found;
   }
-  int64_t count() const { return count_; }
+  __host__ __device__ int64_t count() const { return count_; }
 
  private:
   float* at_;
@@ -128,15 +128,5 @@ __device__ __forceinline__ Order order_of(const Order& all, int64_t b, int n) {
   while (size < n) size *= 2;
   return {all.keys + b * n, all.slots + b * n, all.before + b * n, n > kRanked ? all.sorted + b * size : all.sorted};
 }
-
-// The step's write of the memory and of the precedence alone, from the write weights it found: what a segment of the
-// scan is repeated with. `read_weights` are those before the step.
-struct Rewrite {
-  Shape shape;
-  const float *memory, *read_weights, *write_weights, *precedence;
-  InterfaceFields<const void*> interface;
-  float *to_memory, *to_precedence;  // null for not this one
-};
-cudaError_t rewrite(const Rewrite& p, cudaStream_t stream);
 
 }  // namespace memkern::cuda::slots

@@ -11,6 +11,56 @@ namespace slots {
 
 namespace {
 
+// The step's write of the memory and of the precedence alone, from the write weights it found: what a segment of the
+// scan is repeated with. `read_weights` are those before the step.
+struct Rewrite {
+  Shape shape;
+  const float *memory, *read_weights, *write_weights, *precedence;
+  InterfaceFields<const void*> interface;
+  float *to_memory, *to_precedence;  // null for not this one
+};
+
+__global__ void __launch_bounds__(kThreads, 1) repeat_write(const Rewrite p) {
+  __shared__ Shared shared;
+  const Shape& s = p.shape;
+  const Part part(s);
+  const int64_t b = part.batch;
+  const int n = s.slots, width = s.width, writes = s.write_heads;
+  const bool runs = s.runs(b);
+  const Said<const float*> said(s, p.interface, static_cast<const void*>(nullptr), b);
+  const float* write = p.write_weights + b * writes * n;
+  if (p.to_memory != nullptr) {
+    const float *from = p.memory + b * n * width, *read = p.read_weights + b * s.read_heads * n;
+    float* to = p.to_memory + b * n * width;
+    each_element(part.range, width, [&](int i, int k) {
+      const int64_t at = int64_t(i) * width + k;
+      if (!runs) {
+        to[at] = from[at];
+        return;
+      }
+      const float scale = s.deallocate ? retention_at(read, said.free_gates, s.read_heads, n, i) : 1.0f;
+      to[at] = written(from[at] * scale, write, said.erase_vectors, said.write_vectors, writes, n, width, i, k);
+    });
+  }
+  if (p.to_precedence != nullptr && part.index == 0) {
+    const float* from = p.precedence + b * writes * n;
+    float* to = p.to_precedence + b * writes * n;
+    for (int h = 0; h < writes; ++h) {
+      const int64_t at = int64_t(h) * n;
+      if (runs) {
+        follow(from + at, write + at, n, to + at, shared);
+      } else {
+        MK_FOR_SLOTS(i, n) to[at + i] = from[at + i];
+      }
+    }
+  }
+}
+
+cudaError_t rewrite(const Rewrite& p, cudaStream_t stream) {
+  repeat_write<<<p.shape.blocks(), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
 Backward carve(const MemorySizes& sizes, Pieces& pieces) {
   const int64_t b = sizes.batch, n = sizes.slots, reads = sizes.read_heads, writes = sizes.write_heads;
   Backward f{};
