@@ -162,8 +162,18 @@ _BALANCE_BWD = define(
     column="routing",
 )
 
-for _op in ("route_experts", "temperature_softmax", "routing_entropy", "load_balance_loss"):
-    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW)
+_WIDEST_ROW = 8192
+
+
+def _row_limit(rows: Tensor, *_: Any) -> str | None:
+    if rows.shape[-1] <= _WIDEST_ROW:
+        return None
+    return f"triton keeps a row in registers: K <= {_WIDEST_ROW}, not {rows.shape[-1]}"
+
+
+backends.declare("route_experts", cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW)
+for _op in ("temperature_softmax", "routing_entropy", "load_balance_loss"):
+    backends.declare(_op, cpp=backends.ALL, triton=backends.LOW, cuda=backends.LOW, limits={"triton": _row_limit})
 
 
 def _cast(grad: Tensor, like: Tensor | None) -> Tensor | None:
@@ -192,25 +202,28 @@ class _RouteExperts(torch.autograd.Function):
         row_mask: Tensor | None,
         clamp: float | None,
         straight_through: bool,
+        with_zero_rows: bool,
     ) -> tuple[Tensor, ...]:
         limit = _OFF if clamp is None else clamp
         code = _POOLING_CODE[pooling] if hiddens.shape[1] != 1 else 0
         probs, logits, entropy, loss, raw, saved_pool, slot_weights, loss_weights, zero_rows = _ROUTE_FWD[backend](
             hiddens, weight, bias, temperature, temperature_value, code, pool_query, slot_mask, row_mask, limit, True
         )
+        # What is empty is not saved: each saved tensor costs about a microsecond.
         ctx.save_for_backward(
             hiddens, weight, bias, temperature, pool_query, slot_mask, row_mask,
-            raw, saved_pool, slot_weights, loss_weights, zero_rows,
+            raw, saved_pool, slot_weights if code == 2 else None, loss_weights, zero_rows,
         )  # fmt: skip
         ctx.backend, ctx.temperature_value, ctx.pooling, ctx.code = backend, temperature_value, pooling, code
         ctx.clamp, ctx.straight_through = clamp, straight_through
         ctx.set_materialize_grads(False)
         # The temperature comes after the logits: alone, it makes none of them differentiable.
-        if hiddens.requires_grad or weight.requires_grad or _requires_grad(bias) or _requires_grad(pool_query):
-            ctx.mark_non_differentiable(zero_rows)
-        else:
-            ctx.mark_non_differentiable(zero_rows, logits)
-        return probs, logits, entropy, loss, zero_rows
+        fixed: tuple[Tensor, ...] = (zero_rows,) if with_zero_rows else ()
+        if not (hiddens.requires_grad or weight.requires_grad or _requires_grad(bias) or _requires_grad(pool_query)):
+            fixed = (*fixed, logits)
+        if fixed:
+            ctx.mark_non_differentiable(*fixed)
+        return (probs, logits, entropy, loss, zero_rows) if with_zero_rows else (probs, logits, entropy, loss)
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -219,9 +232,12 @@ class _RouteExperts(torch.autograd.Function):
         grad_logits: Tensor | None,
         grad_entropy: Tensor | None,
         grad_loss: Tensor | None,
-        grad_zero_rows: None,
+        grad_zero_rows: None = None,
     ) -> tuple[Tensor | None, ...]:
-        hiddens, weight, bias, temperature, pool_query, slot_mask, row_mask, *saved = ctx.saved_tensors
+        (
+            hiddens, weight, bias, temperature, pool_query, slot_mask, row_mask,
+            raw, saved_pool, slot_weights, loss_weights, zero_rows,
+        ) = ctx.saved_tensors  # fmt: skip
         _, need_h, need_w, need_b, need_t, _, _, need_q, *_ = ctx.needs_input_grad
         grads = (grad_probs, grad_logits, grad_entropy, grad_loss)
         if torch.is_grad_enabled():
@@ -240,10 +256,11 @@ class _RouteExperts(torch.autograd.Function):
             )
             wanted = ((hiddens, need_h), (weight, need_w), (bias, need_b), (temperature, need_t), (pool_query, need_q))
             d_hiddens, d_weight, d_bias, d_temperature, d_query = differentiable_backward(outputs, grads, wanted)
-            return (None, d_hiddens, d_weight, d_bias, d_temperature, None, None, d_query, None, None, None, None)
+            return (None, d_hiddens, d_weight, d_bias, d_temperature, None, None, d_query, None, None, None, None, None)
         d_hiddens, d_weight, d_bias, d_temperature, d_query = _ROUTE_BWD[ctx.backend](
             *grads,
-            hiddens, weight, temperature, ctx.temperature_value, ctx.code, pool_query, slot_mask, row_mask, *saved,
+            hiddens, weight, temperature, ctx.temperature_value, ctx.code, pool_query, slot_mask, row_mask,
+            raw, saved_pool, raw if slot_weights is None else slot_weights, loss_weights, zero_rows,
             _OFF if ctx.clamp is None else ctx.clamp, ctx.straight_through, need_h, need_w or need_b or need_q, need_t,
         )  # fmt: skip
         if need_q and ctx.code != 2:
@@ -257,6 +274,7 @@ class _RouteExperts(torch.autograd.Function):
             None,
             None,
             _cast(d_query, pool_query) if need_q else None,
+            None,
             None,
             None,
             None,
@@ -446,14 +464,15 @@ def route_experts(
         )
         return Routing(outputs[0], outputs[1], outputs[2], outputs[3])
     bound = None if clamp is None else float(clamp)
-    probs, logits, entropy, loss, zero_rows = _RouteExperts.apply(
-        chosen, hiddens, weight, bias, tensor, value, pooling, pool_query, slot_mask, row_mask, bound, straight_through
-    )
+    probs, logits, entropy, loss, *zero_rows = _RouteExperts.apply(
+        chosen, hiddens, weight, bias, tensor, value, pooling, pool_query, slot_mask, row_mask, bound, straight_through,
+        process_group is not None,
+    )  # fmt: skip
     if process_group is not None:
         # The kernel's loss is this rank's; the global one starts from the unrounded probabilities, as the kernel's
         # does.
         routed = temperature_softmax(logits, temperature, backend=chosen)
-        unrounded = torch.where(zero_rows[:, None], 1.0 / weight.shape[0], routed)
+        unrounded = torch.where(zero_rows[0][:, None], 1.0 / weight.shape[0], routed)
         loss = _global_loss(unrounded, row_mask, process_group)
     return Routing(probs, logits, entropy, loss)
 

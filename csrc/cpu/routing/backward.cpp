@@ -253,7 +253,6 @@ void weight_tile(const SavedPools<T, A>& pools, const A* d_raw, int64_t rows, in
   }
 #pragma GCC unroll 8
   for (int e = 0; e < E; ++e) {
-#pragma GCC unroll 8
     for (int v = 0; v < kVecs && v * N < columns; ++v) {
       store_n(to + (k + e) * width + column + v * N, total[e][v], std::min<int64_t>(N, columns - v * N));
     }
