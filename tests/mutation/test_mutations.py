@@ -60,6 +60,32 @@ MUTATIONS = [
         f"{ROUTING}::test_max_pooling_ties_go_to_the_lowest_slot",
     ),
     Mutation(
+        "Triton: masked rows count in the loss",
+        "triton_kernels/routing/_shared.py",
+        "won = (winner[:, None] == columns) & counted[:, None]",
+        "won = winner[:, None] == columns",
+        f"{ROUTING}::test_masked_rows_reach_no_loss",
+        "triton_interp",
+    ),
+    Mutation(
+        "Triton: ties of the maximum go to the highest slot",
+        "triton_kernels/routing/_pool.py",
+        "where = tl.min(tl.where(best == top[None, :], winner, 0x7FFFFFFF), 0)",
+        "where = tl.max(tl.where(best == top[None, :], winner, -1), 0)",
+        f"{ROUTING}::test_max_pooling_ties_go_to_the_lowest_slot",
+        "triton_interp",
+    ),
+    Mutation(
+        "Triton: a kernel reads the input twice",
+        "triton_kernels/routing/_pool.py",
+        "            total += x\n            count += taken.to(tl.int32)\n"
+        "        else:\n            key = tl.where(lanes",
+        "            total += (x + tl.load(at, mask=lanes, other=0.0).to(tl.float32)) / 2\n"
+        "            count += taken.to(tl.int32)\n        else:\n            key = tl.where(lanes",
+        "tests/kernels/test_routing.py::test_traffic",
+        "triton_interp",
+    ),
+    Mutation(
         "double backward differentiates the raw operator",
         "memkern/ops/routing.py",
         "        if torch.is_grad_enabled():\n            # Only under create_graph",
