@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -132,14 +135,29 @@ def make_call(case: Case, function: Function, mode: str, seed: int = 0) -> Call:
     from memkern.testing.compare import flatten
 
     leaves = [leaf for leaf in flatten(arguments).values() if leaf.requires_grad]
-    roots = _roots(function(**arguments))
+    first = function(**arguments)
+    pick = _root_picker(first)
+    roots = pick(first)
     seeds = [torch.ones_like(root) for root in roots]
     if mode == "bwd":
         return lambda: torch.autograd.grad(roots, leaves, seeds, retain_graph=True, allow_unused=True)
-    return lambda: torch.autograd.grad(_roots(function(**arguments)), leaves, seeds, allow_unused=True)
+    return lambda: torch.autograd.grad(pick(function(**arguments)), leaves, seeds, allow_unused=True)
 
 
-def _roots(result: object) -> list[torch.Tensor]:
-    from memkern.testing.compare import flatten
+def _root_picker(result: object) -> Callable[[Any], list[torch.Tensor]]:
+    """A function that takes from a result like this one the tensors that have a gradient, in no time to speak of."""
+    paths = list(_root_paths(result))
+    if all(len(path) == 1 for path in paths):
+        keys = [path[0] for path in paths]
+        return lambda found: [found[key] for key in keys]
+    return lambda found: [functools.reduce(operator.getitem, path, found) for path in paths]
 
-    return [out for out in flatten(result).values() if out.is_floating_point() and out.requires_grad]
+
+def _root_paths(result: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(result, torch.Tensor):
+        if result.is_floating_point() and result.requires_grad:
+            yield path
+        return
+    items = result.items() if isinstance(result, Mapping) else enumerate(result) if isinstance(result, Sequence) else ()
+    for key, item in items:
+        yield from _root_paths(item, (*path, key))

@@ -45,6 +45,7 @@ _LIMITS: dict[tuple[str, str], Limit] = {}
 _MISSING: dict[tuple[str, str], str] = {}
 _PREFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "configs" / "dispatch.json").read_text())["ops"]
 _warned: set[tuple[str, str]] = set()
+_ON_CPU: dict[tuple[str, str | None, torch.dtype], str] = {}
 
 
 def _check_name(name: str, origin: str) -> None:
@@ -184,6 +185,18 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
                 _warn_reference(op, tensors)
             return name
     raise BackendUnavailable(_refusal(op, "automatic", tensors))
+
+
+def select_on_cpu(op: str, backend: str | None, first: Tensor) -> str:
+    """:func:`select` for CPU tensors that all have the dtype of ``first``, from memory where it was asked before.
+
+    For an operator without limits on sizes, and not under torch.compile, which would have to guard the memory.
+    """
+    key = op, backend if backend is not None else _forced, first.dtype
+    found = _ON_CPU.get(key)
+    if found is None:
+        found = _ON_CPU[key] = select(op, backend, first)
+    return found
 
 
 def _refusal(op: str, chosen: str, tensors: tuple[Tensor | None, ...]) -> str:

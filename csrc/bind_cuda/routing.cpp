@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "common/binding_routing.h"
 #include "cuda/routing/routing.h"
 
 namespace memkern::bind {
@@ -13,85 +14,39 @@ const ScalarType kFloat = ScalarType::Float;
 
 DType type_or_float(const OptTensor& t) { return t ? dtype_of(*t) : DType::kF32; }
 
-// Inputs in the layout the kernels take, kept alive for the call.
-struct RouteTensors {
-  RouteTensors(const Tensor& hiddens_, const Tensor& weight_, const OptTensor& temperature_, const OptTensor& query_,
-               const OptTensor& slot_mask_, const OptTensor& row_mask_)
-      : hiddens(hiddens_.size(2) <= 1 || hiddens_.stride(2) == 1 ? hiddens_ : dense(hiddens_)),
-        weight(weight_.scalar_type() == hiddens_.scalar_type() ? dense(weight_) : as(weight_, kFloat)),
-        temperature(temperature_),
-        query(dense(query_)),
-        slot_mask(dense(slot_mask_)),
-        row_mask(dense(row_mask_)) {}
+RouteTensors inputs(const Tensor& hiddens, const Tensor& weight, const OptTensor& temperature, const OptTensor& query,
+                    const OptTensor& slot_mask, const OptTensor& row_mask) {
+  return {hiddens, weight.scalar_type() == hiddens.scalar_type() ? dense(weight) : as(weight, kFloat), temperature,
+          dense(query), slot_mask, row_mask};
+}
 
-  RouteInput input(double temperature_value, int64_t pooling, double clamp) const {
-    RouteInput in{};
-    in.dtype = dtype_of(hiddens);
-    const auto sizes = hiddens.sizes();
-    in.rows = sizes[0];
-    in.slots = sizes[1];
-    in.width = sizes[2];
-    in.experts = weight.size(0);
-    in.hiddens = hiddens.data_ptr();
-    in.row_stride = hiddens.stride(0);
-    in.slot_stride = hiddens.stride(1);
-    in.weight = weight.data_ptr();
-    in.temperature = ptr<void>(temperature);
-    in.temperature_value = temperature_value;
-    in.pooling = static_cast<Pooling>(pooling);
-    in.query = ptr<void>(query);
-    in.slot_mask = ptr<uint8_t>(slot_mask);
-    in.row_mask = ptr<uint8_t>(row_mask);
-    in.clamp = clamp;
-    return in;
-  }
-  cuda::ParamTypes types(const OptTensor& bias) const {
-    return {dtype_of(weight), type_or_float(bias), type_or_float(query), type_or_float(temperature)};
-  }
+cuda::ParamTypes types_of(const RouteTensors& t, const OptTensor& bias) {
+  return {dtype_of(t.weight), type_or_float(bias), type_or_float(t.query), type_or_float(t.temperature)};
+}
 
-  Tensor hiddens, weight;
-  OptTensor temperature, query, slot_mask, row_mask;
-};
+// Makes outputs on the device of a launch.
+auto on(const Launch& launch) {
+  return [&launch](std::initializer_list<int64_t> sizes, ScalarType dtype) { return launch.empty(sizes, dtype); };
+}
 
 void zero(Tensor& t) { torch::stable::zero_(t); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route_experts_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route_experts_fwd(
     const Tensor& hiddens, const Tensor& weight, const OptTensor& bias, const OptTensor& temperature,
     double temperature_value, int64_t pooling, const OptTensor& pool_query, const OptTensor& slot_mask,
     const OptTensor& row_mask, double clamp, bool save) {
   Launch launch(hiddens);
-  const RouteTensors t(hiddens, weight, temperature, pool_query, slot_mask, row_mask);
+  const RouteTensors t = inputs(hiddens, weight, temperature, pool_query, slot_mask, row_mask);
   const OptTensor bias_dense = dense(bias);
   RouteForward p{};
   p.in = t.input(temperature_value, pooling, clamp);
-  const int64_t rows = p.in.rows, slots = p.in.slots, width = p.in.width, experts = p.in.experts;
-  const bool max = p.in.pooling == Pooling::kMax, attention = p.in.pooling == Pooling::kAttention;
-  Tensor probs = launch.empty({rows, experts}, hiddens.scalar_type());
-  Tensor logits = launch.empty({rows, experts}, kFloat);
-  Tensor entropy = launch.empty({rows}, kFloat);
-  Tensor loss = launch.empty({}, kFloat);
-  Tensor raw = save ? launch.empty({rows, experts}, kFloat) : launch.empty({0}, kFloat);
-  Tensor saved_pool =
-      save && slots != 1 ? launch.empty({rows, width}, max ? ScalarType::Int : kFloat) : launch.empty({0}, kFloat);
-  Tensor slot_weights = save && attention ? launch.empty({rows, slots}, kFloat) : launch.empty({0}, kFloat);
-  Tensor loss_weights = save ? launch.empty({experts}, kFloat) : launch.empty({0}, kFloat);
-  Tensor zero_rows = launch.empty({save ? rows : 0}, ScalarType::Bool);
-  if (rows == 0) {
-    zero(loss);
-    zero(loss_weights);
-    return {probs, logits, entropy, loss, raw, saved_pool, slot_weights, loss_weights, zero_rows};
-  }
   p.bias = ptr<void>(bias_dense);
-  p.probs = probs.data_ptr();
-  p.logits = logits.data_ptr();
-  p.entropy = entropy.data_ptr();
-  p.loss = loss.data_ptr();
-  if (save) {
-    p.raw = raw.data_ptr();
-    p.saved_pool = slots != 1 ? saved_pool.data_ptr() : nullptr;
-    p.slot_weights = attention ? slot_weights.data_ptr() : nullptr;
-    p.loss_weights = loss_weights.data_ptr();
-    p.zero_rows = out_ptr<uint8_t>(zero_rows);
+  const int64_t rows = p.in.rows, slots = p.in.slots, experts = p.in.experts;
+  RouteOutputs out(p, hiddens.scalar_type(), kFloat, save, on(launch));
+  if (rows == 0) {
+    zero(out.loss);
+    zero(out.saved);
+    return {out.probs, out.logits, out.entropy, out.loss, out.saved};
   }
   cuda::RouteWorkspace w{};
   cuda::route_splits(p.in, w);
@@ -103,59 +58,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     partial = launch.empty({w.splits, rows, experts}, kFloat);
     large = launch.empty({w.splits, rows}, ScalarType::Int);
   }
-  if (attention && !save) scores = launch.empty({rows, slots}, kFloat);
+  if (p.in.pooling == Pooling::kAttention && !save) scores = launch.empty({rows, slots}, kFloat);
   w.partial = partial ? out_ptr<float>(*partial) : nullptr;
   w.large = large ? out_ptr<int32_t>(*large) : nullptr;
   w.scores = scores ? out_ptr<float>(*scores) : nullptr;
   w.terms = out_ptr<float>(terms);
   w.groups = out_ptr<float>(group_terms);
   w.tickets = launch.tickets(1 + groups + (w.splits > 1 ? rows : 0));
-  launch.check(cuda::route_forward(p, t.types(bias_dense), w, launch.stream()));
-  return {probs, logits, entropy, loss, raw, saved_pool, slot_weights, loss_weights, zero_rows};
+  launch.check(cuda::route_forward(p, types_of(t, bias_dense), w, launch.stream()));
+  return {out.probs, out.logits, out.entropy, out.loss, out.saved};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route_experts_bwd(
     const OptTensor& grad_probs, const OptTensor& grad_logits, const OptTensor& grad_entropy, const OptTensor& grad_loss,
     const Tensor& hiddens, const Tensor& weight, const OptTensor& temperature, double temperature_value, int64_t pooling,
-    const OptTensor& pool_query, const OptTensor& slot_mask, const OptTensor& row_mask, const Tensor& raw,
-    const Tensor& saved_pool, const Tensor& slot_weights, const Tensor& loss_weights, const Tensor& zero_rows,
+    const OptTensor& pool_query, const OptTensor& slot_mask, const OptTensor& row_mask, const Tensor& saved,
     double clamp, bool straight_through, bool need_hiddens, bool need_params, bool need_temperature) {
   Launch launch(hiddens);
-  const RouteTensors t(hiddens, weight, temperature, pool_query, slot_mask, row_mask);
+  const RouteTensors t = inputs(hiddens, weight, temperature, pool_query, slot_mask, row_mask);
   const OptTensor g_probs = as(grad_probs, hiddens.scalar_type()), g_logits = as(grad_logits, kFloat),
                   g_entropy = as(grad_entropy, kFloat), g_loss = as(grad_loss, kFloat);
-  const Tensor raw_f = dense(raw), pool = dense(saved_pool), shares = dense(slot_weights), loads = dense(loss_weights),
-               zeros = dense(zero_rows);
+  const Tensor state = dense(saved);
   RouteBackward p{};
   p.in = t.input(temperature_value, pooling, clamp);
   const int64_t rows = p.in.rows, slots = p.in.slots, width = p.in.width, experts = p.in.experts;
   const bool attention = p.in.pooling == Pooling::kAttention, with_query = need_params && attention;
-  Tensor d_hiddens = need_hiddens ? launch.empty({rows, slots, width}, hiddens.scalar_type())
-                                  : launch.empty({0}, hiddens.scalar_type());
-  Tensor d_weight = need_params ? launch.empty({experts, width}, t.weight.scalar_type())
-                                : launch.empty({0}, t.weight.scalar_type());
-  Tensor d_bias = launch.empty({need_params ? experts : 0}, kFloat);
-  Tensor d_temperature = need_temperature ? launch.empty({}, kFloat) : launch.empty({0}, kFloat);
-  Tensor d_query = launch.empty({with_query ? width : 0}, kFloat);
+  RouteGradients out(p, hiddens.scalar_type(), t.weight.scalar_type(), kFloat, need_hiddens, need_params,
+                     need_temperature, on(launch));
   if (rows == 0) {
-    for (Tensor* out : {&d_hiddens, &d_weight, &d_bias, &d_temperature, &d_query}) zero(*out);
-    return {d_hiddens, as(d_weight, weight.scalar_type()), d_bias, d_temperature, d_query};
+    for (Tensor* gradient : {&out.hiddens, &out.weight, &out.bias, &out.temperature, &out.query}) zero(*gradient);
+    return {out.hiddens, as(out.weight, weight.scalar_type()), out.bias, out.temperature, out.query};
   }
+  SavedLayout(p.in).point(p, state, kFloat);
   p.grad_probs = ptr<void>(g_probs);
   p.grad_logits = ptr<void>(g_logits);
   p.grad_entropy = ptr<void>(g_entropy);
   p.grad_loss = ptr<void>(g_loss);
-  p.raw = raw_f.data_ptr();
-  p.saved_pool = pool.data_ptr();
-  p.slot_weights = shares.data_ptr();
-  p.loss_weights = loads.data_ptr();
-  p.zero_rows = ptr<uint8_t>(zeros);
   p.straight_through = straight_through;
-  p.d_hiddens = need_hiddens ? d_hiddens.data_ptr() : nullptr;
-  p.d_weight = need_params ? d_weight.data_ptr() : nullptr;
-  p.d_bias = need_params ? d_bias.data_ptr() : nullptr;
-  p.d_temperature = need_temperature ? d_temperature.data_ptr() : nullptr;
-  p.d_query = with_query ? d_query.data_ptr() : nullptr;
   cuda::RouteWorkspace w{};
   cuda::route_splits(p.in, w);
   if (!need_hiddens) w.splits = 1;
@@ -176,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route_experts_bwd(
   w.query_parts = query_parts ? out_ptr<float>(*query_parts) : nullptr;
   w.tickets = launch.tickets(1 + groups);
   float* d_raw_data = d_raw ? out_ptr<float>(*d_raw) : nullptr;
-  const cuda::ParamTypes types = t.types(std::nullopt);
+  const cuda::ParamTypes types = types_of(t, std::nullopt);
   launch.check(cuda::route_backward_rows(p, types, w, d_raw_data, launch.stream()));
   if (need_params && width > 0) {
     cuda::WeightWorkspace v{};
@@ -191,30 +130,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route_experts_bwd(
     v.tickets = launch.tickets(tiles);
     launch.check(cuda::route_backward_weight(p, types, v, d_raw_data, w.query_parts, launch.stream()));
   }
-  return {d_hiddens, as(d_weight, weight.scalar_type()), d_bias, d_temperature, d_query};
-}
-
-// Rows are everything before the last axis.
-template <class P>
-void set_rows(P& p, const Tensor& t) {
-  p.dtype = dtype_of(t);
-  p.size = t.size(t.dim() - 1);
-  p.rows = p.size == 0 ? 0 : t.numel() / p.size;
+  return {out.hiddens, as(out.weight, weight.scalar_type()), out.bias, out.temperature, out.query};
 }
 
 Tensor like(const Launch& launch, const Tensor& t) {
   const auto sizes = t.sizes();
   return launch.empty(sizes.data(), static_cast<int64_t>(sizes.size()), t.scalar_type());
-}
-
-RowSoftmax softmax_of(const Tensor& z, const OptTensor& temperature, double temperature_value, double clamp) {
-  RowSoftmax p{};
-  set_rows(p, z);
-  p.logits = z.data_ptr();
-  p.temperature = ptr<void>(temperature);
-  p.temperature_value = temperature_value;
-  p.clamp = clamp;
-  return p;
 }
 
 Tensor temperature_softmax_fwd(const Tensor& logits, const OptTensor& temperature, double temperature_value,

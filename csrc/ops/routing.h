@@ -1,4 +1,4 @@
-// The routing column's kernels as plain functions over pointers and sizes; memkern/ops/routing.py has the contract.
+// The routing column's kernels as plain functions over pointers and sizes; memkern/ops/routing has the contract.
 //
 // f below is float, or double where dtype is double. Parameters (weight, bias, query, temperature) arrive as f, masks as
 // one byte per element; everything is contiguous except hiddens, whose last stride alone has to be 1. Pointers to what a

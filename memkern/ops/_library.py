@@ -49,6 +49,15 @@ def _launcher(module: str, op: str) -> Callable[..., Any]:
     return launch
 
 
+def in_plain_eager() -> bool:
+    """Nothing around the call: no compiler that traces it, no functorch transform, no forward-mode AD."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
 def needs_reference() -> bool:
     """True inside a functorch transform or forward-mode AD, which only the composite reference supports.
 

@@ -87,7 +87,7 @@ MUTATIONS = [
     ),
     Mutation(
         "double backward differentiates the raw operator",
-        "memkern/ops/routing.py",
+        "memkern/ops/routing/_route.py",
         "        if torch.is_grad_enabled():\n            # Only under create_graph",
         "        if False:\n            # Only under create_graph",
         "tests/ops/test_routing_transforms.py::test_double_backward_in_float32",

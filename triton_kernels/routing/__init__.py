@@ -1,4 +1,4 @@
-"""Launchers of the routing column, each the raw operator of its name; memkern/ops/routing.py has the contract."""
+"""Launchers of the routing column, each the raw operator of its name; memkern/ops/routing has the contract."""
 
 from ._backward import route_experts_bwd
 from ._forward import route_experts_fwd

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common import LAUNCH, arrive_last, cast, mdot, on_device
-from ._configs import row_config, weight_config
+from ._configs import launch_options, row_config, weight_config
 from ._forward import as_bytes
 from ._pool import slots_taken
+from ._saved import split_saved
 from ._shared import GROUP, clamp, entropy_slope, finish_sums, group_count, group_tickets, row_softmax
 
 
@@ -319,11 +320,7 @@ def route_experts_bwd(
     pool_query: Tensor | None,
     slot_mask: Tensor | None,
     row_mask: Tensor | None,
-    raw: Tensor,
-    saved_pool: Tensor,
-    slot_weights: Tensor,
-    loss_weights: Tensor,
-    zero_rows: Tensor,
+    saved: Tensor,
     clamp: float,
     straight_through: bool,
     need_hiddens: bool,
@@ -349,6 +346,7 @@ def route_experts_bwd(
         for empty in outputs:
             empty.zero_()
         return outputs
+    raw, saved_pool, slot_weights, loss_weights, zero_rows = split_saved(saved, rows, slots, width, experts, pooling)
     c = row_config(hiddens, experts, pooling, backward=True)
     # Without a gradient of the input there are no columns to split.
     splits = c.splits if need_hiddens or attention else 1
@@ -359,7 +357,7 @@ def route_experts_bwd(
         _backward_rows[(c.blocks, splits)](
             _dense(grad_probs), _dense(grad_logits), _dense(grad_entropy), grad_loss, hiddens, weight, temperature,
             _dense(pool_query), as_bytes(slot_mask), as_bytes(row_mask),
-            raw, saved_pool, slot_weights if attention else None, loss_weights, zero_rows.view(torch.uint8),
+            raw, saved_pool, slot_weights, loss_weights, zero_rows,
             d_hiddens if need_hiddens else None, d_bias if need_params else None,
             d_temperature if need_temperature else None,
             d_raw, new(rows, width) if attention else None, query_parts,
@@ -370,7 +368,7 @@ def route_experts_bwd(
             1 / math.sqrt(max(width, 1)),
             POOLING=pooling, DOT=c.dot, BOUNDED=math.isfinite(clamp), THROUGH=straight_through, GROUP=GROUP,
             BLOCK_B=c.block_b, BLOCK_S=c.block_s, BLOCK_D=c.block_d, BLOCK_K=c.block_k,
-            BLOCK_E=16, WHOLE=c.whole, BLOCK_A=c.block_a, BLOCK_W=c.block_w, num_warps=c.num_warps, **LAUNCH,
+            BLOCK_E=16, WHOLE=c.whole, BLOCK_A=c.block_a, BLOCK_W=c.block_w, **launch_options(c.num_warps),
         )  # fmt: skip
         if need_params and width > 0:
             w = weight_config(hiddens, experts)

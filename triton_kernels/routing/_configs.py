@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 from torch import Tensor
 
-from .._common import capability, sm_count
+from .._common import LAUNCH, capability, sm_count
 
 POOL_TILE = 4096
 """Elements of a (slots, columns) tile: 32 a thread, four 16-byte loads in flight."""
@@ -19,6 +20,11 @@ WHOLE_SLOT = 8192
 
 def power(n: int) -> int:
     return int(triton.next_power_of_2(max(1, n)))
+
+
+def launch_options(num_warps: int) -> dict[str, Any]:
+    """Of the kernels over rows: left to itself ptxas gives some a few registers too few, and 8 or 16 bytes of stack."""
+    return {"num_warps": num_warps, "maxnreg": 255 if num_warps <= 8 else 128, **LAUNCH}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import LAUNCH, arrive_last, cast, mdot, on_device
-from ._configs import row_config
+from .._common import arrive_last, cast, mdot, on_device
+from ._configs import launch_options, row_config
 from ._pool import pool_attention, pool_row, pool_rows
+from ._saved import saved_size, split_saved
 from ._shared import (
     GROUP,
     ZERO_ROW,
@@ -180,17 +181,15 @@ def route_experts_fwd(
 
     attention = pooling == 2
     probs, logits, entropy, loss = new(rows, experts, dtype=hiddens.dtype), new(rows, experts), new(rows), new()
-    raw = new(rows, experts) if save else new(0)
-    pool_dtype = torch.int32 if pooling == 1 else f
-    saved_pool = new(rows, width, dtype=pool_dtype) if save and slots != 1 else new(0)
-    slot_weights = new(rows, slots) if save and attention else new(0)
-    loss_weights = new(experts) if save else new(0)
-    zero_rows = new(rows if save else 0, dtype=torch.bool)
-    outputs = probs, logits, entropy, loss, raw, saved_pool, slot_weights, loss_weights, zero_rows
+    saved = new(saved_size(rows, slots, width, experts, pooling) if save else 0)
+    outputs = probs, logits, entropy, loss, saved
     if rows == 0:
         loss.zero_()
-        loss_weights.zero_()
+        saved.zero_()
         return outputs
+    raw, saved_pool, slot_weights, loss_weights, zero_rows = (
+        split_saved(saved, rows, slots, width, experts, pooling) if save else (None,) * 5
+    )
     low = slots == 1 and slot_mask is None and weight.dtype == hiddens.dtype and weight.dtype != f
     c = row_config(hiddens, experts, pooling, low=low)
     pooled = None
@@ -203,9 +202,7 @@ def route_experts_fwd(
             hiddens, weight, None if bias is None else bias.contiguous(), temperature,
             None if pool_query is None else pool_query.contiguous(), as_bytes(slot_mask), as_bytes(row_mask),
             probs, logits, entropy, loss,
-            raw if save else None, saved_pool if save and slots != 1 and not attention else None,
-            scores if attention else None, loss_weights if save else None,
-            zero_rows.view(torch.uint8) if save else None,
+            raw, saved_pool if not attention else None, scores if attention else None, loss_weights, zero_rows,
             pooled, new(c.splits, rows, experts) if split else None,
             new(c.splits, rows, dtype=torch.int32) if split else None,
             new(c.blocks, 2 * experts + 1), new(group_count(c.blocks), 2 * experts + 1),
@@ -214,6 +211,6 @@ def route_experts_fwd(
             1 / math.sqrt(max(width, 1)),
             POOLING=pooling, DOT=c.dot, LOW=low and c.dot, SPLITS=c.splits, GROUP=GROUP,
             BLOCK_B=c.block_b, BLOCK_S=c.block_s, BLOCK_D=c.block_d, BLOCK_K=c.block_k,
-            WHOLE=c.whole, BLOCK_A=c.block_a, BLOCK_W=c.block_w, num_warps=c.num_warps, **LAUNCH,
+            WHOLE=c.whole, BLOCK_A=c.block_a, BLOCK_W=c.block_w, **launch_options(c.num_warps),
         )  # fmt: skip
     return outputs

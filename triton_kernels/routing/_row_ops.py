@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import LAUNCH, cast, on_device
-from ._configs import power
+from .._common import cast, on_device
+from ._configs import launch_options, power
 from ._forward import as_bytes
 from ._shared import (
     GROUP,
@@ -114,8 +114,8 @@ class _Rows:
         self.block_k = power(self.size)
         self.block_b = max(1, min(power(self.rows), 2048 // self.block_k))
         self.blocks = triton.cdiv(self.rows, self.block_b)
-        self.num_warps = 4 if self.block_k <= 4096 else 16
-        self.options = {"BLOCK_B": self.block_b, "BLOCK_K": self.block_k, "num_warps": self.num_warps, **LAUNCH}
+        num_warps = 4 if self.block_k <= 4096 else 8
+        self.options = {"BLOCK_B": self.block_b, "BLOCK_K": self.block_k, **launch_options(num_warps)}
 
 
 def temperature_softmax_fwd(

@@ -204,8 +204,12 @@ __device__ void finish_row(const Args& a, int64_t row, float z, bool zero, float
   write_loss(count, total, rows, experts, loss, loss_weights, scratch);
 }
 
+// Blocks on a multiprocessor: with the number unsaid, ptxas aims at one more and spills a register for it.
+template <int N>
+constexpr int kResident = N == 8 ? 3 : 4;
+
 template <class T, class W, int N>
-__global__ void __launch_bounds__(kThreads) forward(const Args a) {
+__global__ void __launch_bounds__(kThreads, kResident<N>) forward(const Args a) {
   __shared__ float chunk[kChunk];
   __shared__ float logits[kThreads];
   __shared__ float scratch[kWarp];

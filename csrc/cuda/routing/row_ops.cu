@@ -44,8 +44,9 @@ __global__ void __launch_bounds__(kThreads) softmax_rows(const RowSoftmax p, DTy
   for (int64_t k = threadIdx.x % kWarp; k < p.size; k += kWarp) probs[k] = from_float<T>(s.prob(k));
 }
 
+// Four blocks on a multiprocessor: with the number unsaid, ptxas aims at more and spills for it.
 template <class T>
-__global__ void __launch_bounds__(kThreads) softmax_rows_backward(const RowSoftmax p, DType type, float* groups,
+__global__ void __launch_bounds__(kThreads, 4) softmax_rows_backward(const RowSoftmax p, DType type, float* groups,
                                                                   int32_t* ticket) {
   __shared__ float shares[kWarps];
   const float temperature = temperature_of(p, type);
