@@ -371,7 +371,7 @@ def route_experts_bwd(
             BLOCK_E=16, WHOLE=c.whole, BLOCK_A=c.block_a, BLOCK_W=c.block_w, **launch_options(c.num_warps),
         )  # fmt: skip
         if need_params and width > 0:
-            w = weight_config(hiddens, experts)
+            w = weight_config(hiddens, experts, pooling)
             columns, tiles = w.tiles(experts, width)
             split = w.splits > 1
             _backward_weight[(columns, tiles, w.splits)](

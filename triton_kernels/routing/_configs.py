@@ -97,10 +97,11 @@ class WeightConfig:
         return triton.cdiv(width, self.block_d), triton.cdiv(experts, self.block_k)
 
 
-def weight_config(hiddens: Tensor, experts: int) -> WeightConfig:
+def weight_config(hiddens: Tensor, experts: int, pooling: int) -> WeightConfig:
     rows, _, width = hiddens.shape
     block_k = min(32, max(16, power(experts)))
-    block_d, block_r = 64, 32
+    # Attention sums the query's parts beside the product: half the rows at a time leave registers for it.
+    block_d, block_r = 64, 16 if pooling == 2 else 32
     tiles = max(1, triton.cdiv(width, block_d) * triton.cdiv(experts, block_k))
     splits = max(1, min(triton.cdiv(rows, 4 * block_r), 2 * sm_count(hiddens.device) // tiles))
     split_rows = triton.cdiv(triton.cdiv(rows, splits), block_r) * block_r

@@ -56,7 +56,8 @@ class _RouteExperts(torch.autograd.Function):
         if not (hiddens.requires_grad or weight.requires_grad or _requires_grad(bias) or _requires_grad(pool_query)):
             fixed = (logits,)
         if with_zero_rows:
-            zero_rows = zero_rows_of(saved, *hiddens.shape, weight.shape[0], code)
+            rows, slots, width = hiddens.shape
+            zero_rows = zero_rows_of(saved, rows, slots, width, weight.shape[0], code)
             outputs, fixed = (*outputs, zero_rows), (*fixed, zero_rows)
         if fixed:
             ctx.mark_non_differentiable(*fixed)
