@@ -35,6 +35,9 @@ The parts of a step: ``content_weights``, ``sharpen`` (rows (M, N) with one expo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from memkern.ops._library import define
@@ -45,68 +48,63 @@ def segments(steps: int, every: int) -> int:
     return -(-steps // every)
 
 
-def _step_fwd_fake(
-    state: list[Tensor],
-    interface: list[Tensor],
-    sharpness: Tensor | None,
-    step_mask: Tensor | None,
-    track_usage: bool,
-    track_links: bool,
-    deallocate: bool,
-    save: bool,
-) -> list[Tensor]:
-    return _outputs(state, interface[0].shape, (), sharpness, track_usage, track_links, save)
+# What steps and scans, forward and backward, share of their arguments; a scan has ``checkpoint_every`` beside it.
+_INPUTS = "Tensor[] state, Tensor[] interface, Tensor? sharpness, Tensor? step_mask"
+_TRACKS = "bool track_usage, bool track_links, bool deallocate"
+_GRADS = ", ".join(
+    f"Tensor? d_{name}"
+    for name in ("reads", "memory", "usage", "links", "precedence", "read_weights", "write_weights")
+)  # fmt: skip
 
 
-def _scan_fwd_fake(
-    state: list[Tensor],
-    interface: list[Tensor],
-    sharpness: Tensor | None,
-    step_mask: Tensor | None,
-    track_usage: bool,
-    track_links: bool,
-    deallocate: bool,
-    checkpoint_every: int,
-    save: bool,
-) -> list[Tensor]:
-    memory, usage, links, precedence, read_weights, write_weights = state
-    shape = interface[0].shape
-    made = _outputs(state, shape, (shape[1],), sharpness, track_usage, track_links, save)
-    snapshots = max(segments(shape[1], checkpoint_every) - 1, 0)
+def _recurrence(name: str, results: Callable[[dict[str, Any]], list[Tensor]], *arguments: str) -> Any:
+    """Define an operator of these arguments whose fake gives ``results(arguments by name)``."""
+    said = ", ".join(arguments)
+    names = [argument.split()[-1] for argument in said.split(", ")]
+    return define(
+        name,
+        f"({said}) -> Tensor[]",
+        lambda *given: results(dict(zip(names, given, strict=True))),
+        column="memory",
+    )
+
+
+def _step_results(given: dict[str, Any]) -> list[Tensor]:
+    return _outputs(given, ())
+
+
+def _scan_results(given: dict[str, Any]) -> list[Tensor]:
+    memory, usage, links, precedence, read_weights, write_weights = given["state"]
+    track_usage, track_links = given["track_usage"], given["track_links"]
+    steps = given["interface"][0].shape[1]
+    snapshots = max(segments(steps, given["checkpoint_every"]) - 1, 0)
 
     def history(rows: int, like: Tensor, there: bool = True) -> Tensor:
-        return memory.new_empty((rows, *like.shape) if there and save else (0,))
+        return memory.new_empty((rows, *like.shape) if there and given["save"] else (0,))
 
     return [
-        *made,
-        history(shape[1], usage, track_usage),
-        history(shape[1], read_weights),
-        history(shape[1], write_weights),
+        *_outputs(given, (steps,)),
+        history(steps, usage, track_usage),
+        history(steps, read_weights),
+        history(steps, write_weights),
         history(snapshots, memory),
         history(snapshots, links, track_links),
         history(snapshots, precedence, track_links),
     ]
 
 
-def _outputs(
-    state: list[Tensor],
-    reads: tuple[int, ...],
-    steps: tuple[int, ...],
-    sharpness: Tensor | None,
-    track_usage: bool,
-    track_links: bool,
-    save: bool,
-) -> list[Tensor]:
-    memory, usage, links, precedence, read_weights, write_weights = state
+def _outputs(given: dict[str, Any], steps: tuple[int, ...]) -> list[Tensor]:
+    memory, usage, links, precedence, read_weights, write_weights = given["state"]
+    track_usage, track_links = given["track_usage"], given["track_links"]
 
     def new(like: Tensor, there: bool = True) -> Tensor:
         return memory.new_empty(like.shape if there else (0,))
 
     def saved(like: Tensor, there: bool = True) -> Tensor:
-        return memory.new_empty((*steps, *like.shape) if there and save else (0,))
+        return memory.new_empty((*steps, *like.shape) if there and given["save"] else (0,))
 
     return [
-        memory.new_empty(reads),
+        memory.new_empty(given["interface"][0].shape),
         new(memory),
         new(usage, track_usage),
         new(links, track_links),
@@ -116,90 +114,25 @@ def _outputs(
         saved(write_weights),
         saved(write_weights, track_usage),
         saved(read_weights),
-        saved(read_weights, sharpness is not None),
+        saved(read_weights, given["sharpness"] is not None),
     ]
 
 
-def _gradients(
-    state: list[Tensor], interface: list[Tensor], sharpness: Tensor | None, track_usage: bool, track_links: bool
-) -> list[Tensor]:
-    there = (True, track_usage, track_links, track_links, True, True)
+def _gradients(given: dict[str, Any]) -> list[Tensor]:
+    state, sharpness, tracks_links = given["state"], given["sharpness"], given["track_links"]
+    there = (True, given["track_usage"], tracks_links, tracks_links, True, True)
     return [
         *(x.new_empty(x.shape if kept else (0,)) for x, kept in zip(state, there, strict=True)),
-        *(x.new_empty(x.shape) for x in interface),
+        *(x.new_empty(x.shape) for x in given["interface"]),
         state[0].new_empty((0,) if sharpness is None else sharpness.shape),
     ]
 
 
-def _step_bwd_fake(
-    d_reads: Tensor | None,
-    d_memory: Tensor | None,
-    d_usage: Tensor | None,
-    d_links: Tensor | None,
-    d_precedence: Tensor | None,
-    d_read_weights: Tensor | None,
-    d_write_weights: Tensor | None,
-    state: list[Tensor],
-    interface: list[Tensor],
-    sharpness: Tensor | None,
-    step_mask: Tensor | None,
-    saved: list[Tensor],
-    track_usage: bool,
-    track_links: bool,
-    deallocate: bool,
-    detach_usage: bool,
-) -> list[Tensor]:
-    return _gradients(state, interface, sharpness, track_usage, track_links)
-
-
-def _scan_bwd_fake(
-    d_reads: Tensor | None,
-    d_memory: Tensor | None,
-    d_usage: Tensor | None,
-    d_links: Tensor | None,
-    d_precedence: Tensor | None,
-    d_read_weights: Tensor | None,
-    d_write_weights: Tensor | None,
-    state: list[Tensor],
-    interface: list[Tensor],
-    sharpness: Tensor | None,
-    step_mask: Tensor | None,
-    saved: list[Tensor],
-    track_usage: bool,
-    track_links: bool,
-    deallocate: bool,
-    detach_usage: bool,
-    checkpoint_every: int,
-) -> list[Tensor]:
-    return _gradients(state, interface, sharpness, track_usage, track_links)
-
-
-_INPUTS = "Tensor[] state, Tensor[] interface, Tensor? sharpness, Tensor? step_mask, "
-_GRADS = (
-    "Tensor? d_reads, Tensor? d_memory, Tensor? d_usage, Tensor? d_links, Tensor? d_precedence, "
-    "Tensor? d_read_weights, Tensor? d_write_weights, "
-)
-_TRACKS = "bool track_usage, bool track_links, bool deallocate, "
-
-STEP_FWD = define("memory_step_fwd", f"({_INPUTS}{_TRACKS}bool save) -> Tensor[]", _step_fwd_fake, column="memory")
-STEP_BWD = define(
-    "memory_step_bwd",
-    f"({_GRADS}{_INPUTS}Tensor[] saved, {_TRACKS}bool detach_usage) -> Tensor[]",
-    _step_bwd_fake,
-    column="memory",
-)
-SCAN_FWD = define(
-    "memory_scan_fwd",
-    f"({_INPUTS}{_TRACKS}int checkpoint_every, bool save) -> Tensor[]",
-    _scan_fwd_fake,
-    column="memory",
-)
-SCAN_BWD = define(
-    "memory_scan_bwd",
-    f"({_GRADS}{_INPUTS}Tensor[] saved, {_TRACKS}bool detach_usage, int checkpoint_every) -> Tensor[]",
-    _scan_bwd_fake,
-    column="memory",
-)
+_BACKWARD = (_GRADS, _INPUTS, "Tensor[] saved", _TRACKS, "bool detach_usage")
+STEP_FWD = _recurrence("memory_step_fwd", _step_results, _INPUTS, _TRACKS, "bool save")
+STEP_BWD = _recurrence("memory_step_bwd", _gradients, *_BACKWARD)
+SCAN_FWD = _recurrence("memory_scan_fwd", _scan_results, _INPUTS, _TRACKS, "int checkpoint_every", "bool save")
+SCAN_BWD = _recurrence("memory_scan_bwd", _gradients, *_BACKWARD, "int checkpoint_every")
 
 CONTENT_FWD = define(
     "content_weights_fwd",
