@@ -50,6 +50,17 @@ def segment(B: int, N: int, W: int, R: int, H: int) -> None:
     forward.update_links(state[2], state[3], state[5], None, None, meta(B, H, N, N), meta(B, H, N))
 
 
+def scan(
+    B: int, N: int, W: int, R: int, H: int, T: int, *, make: Any = meta, sharpen: bool = False, mask: bool = False,
+    deallocate: bool = False, every: int = 8, save: bool = True,
+) -> list[torch.Tensor]:  # fmt: skip
+    state, said = fields(make, B, N, W, R, H)
+    said = [make(B, T, *field.shape[1:]) for field in said]
+    gamma = make(B, T, R) if sharpen else None
+    live = make(B, T) > 0.4 if mask else None
+    return memory.memory_scan_fwd(state, said, gamma, live, True, True, deallocate, every, save)
+
+
 def parts(B: int, N: int, W: int, R: int, H: int) -> None:
     (m, usage, links, before, reading, writing), said = fields(meta, B, N, W, R, H)
     keys, strengths, erase, add, free = said[3], said[4], said[6], said[5], said[7]
@@ -76,6 +87,9 @@ CASES = [
     aot.Case("wide", lambda: step(8, 64, 768, 4, 4, deallocate=True), archs=(90,)),
     aot.Case("odd", lambda: step(2, 37, 7, 3, 2), archs=(80,)),
     aot.Case("one of each", lambda: step(1, 1, 1, 1, 1, sharpen=True), archs=(90,), second=()),
+    aot.Case("scan", lambda: scan(64, 64, 64, 4, 1, 32), archs=(80,)),
+    aot.Case("scan odd", lambda: scan(2, 37, 50, 3, 1, 5, sharpen=True, mask=True, deallocate=True), archs=(90,)),
+    aot.Case("scan heads", lambda: scan(8, 29, 50, 5, 2, 6, sharpen=True, mask=True, deallocate=True), archs=(80,)),
     aot.Case("parts", lambda: parts(32, 256, 64, 4, 2), archs=(90,)),
     aot.Case("segment", lambda: segment(32, 256, 64, 4, 1), archs=(90,), second=()),
 ]
@@ -90,6 +104,28 @@ def test_links_are_moved_16_bytes_at_a_time(toolchain: aot.Toolchain) -> None:
         found = [r for r in aot.reports(__file__, toolchain) if (r.case, r.kernel) == ("large", kernel)]
         assert {r.arch for r in found} >= {80}
         assert all(r.count("LDG.E.128") > 0 and r.count("STG.E.128") > 0 for r in found)
+
+
+@interpreted
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize(("sharpen", "mask"), [(False, False), (True, True)])
+def test_a_scan_on_the_chip_is_one_launch_and_the_host_loop_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, save: bool, sharpen: bool, mask: bool
+) -> None:
+    """Every output, history and snapshot, from one launch as from three a step."""
+    sizes = (2, 5, 4, 3, 2, 4)
+    options: dict[str, Any] = {"make": torch.rand, "sharpen": sharpen, "mask": mask, "every": 2, "save": save}
+    torch.manual_seed(1)
+    with count_traffic() as traffic:
+        once = scan(*sizes, **options)
+    assert len(traffic.launches) == 1
+    assert traffic.total.atomics == 0
+    monkeypatch.setattr(memory.on_chip, "LIMIT", 0)
+    torch.manual_seed(1)
+    loop = scan(*sizes, **options)
+    # What a masked step saves of its lookup is not read.
+    compared = [pair for i, pair in enumerate(zip(once, loop, strict=True)) if not mask or i not in range(7, 11)]
+    assert all(torch.equal(a, b) for a, b in compared)
 
 
 @interpreted

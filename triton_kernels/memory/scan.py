@@ -1,4 +1,6 @@
-"""The scan in Triton: a host loop of steps that write into time-major histories, and checkpoints for backward.
+"""The scan in Triton, with time-major histories and checkpoints for backward.
+
+A memory that fits goes through all steps in one launch (:mod:`.on_chip`), others by a host loop of steps.
 
 Backward recomputes links and memory of one segment at a time from its snapshot and the saved write weights, two
 launches a step, then goes back through its steps.
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._common import on_device
-from . import backward, forward
+from . import backward, forward, on_chip
 from ._launch import INTERFACE, STATE
 from .step import SAVED, contiguous
 
@@ -36,18 +38,15 @@ def memory_scan_fwd(
     checkpoint_every: int,
     save: bool,
 ) -> list[Tensor]:
-    """Launcher of ``memkern::memory_scan_fwd``: three launches a step."""
+    """Launcher of ``memkern::memory_scan_fwd``: one launch, or three a step."""
     first = contiguous(STATE, state)
-    said = {name: field.transpose(0, 1).contiguous() for name, field in zip(INTERFACE, interface, strict=True)}
-    exponents, masks = _by_time(sharpness), _by_time(step_mask)
-    steps, batch, read_heads, width = said["read_keys"].shape
-    slots, heads = first["memory"].shape[1], first["write_weights"].shape[1]
+    (batch, slots, width), heads = first["memory"].shape, first["write_weights"].shape[1]
+    steps, read_heads = interface[0].shape[1:3]
     snapshots = max(-(-steps // checkpoint_every) - 1, 0)
 
     def empty(*shape: int, there: bool = True) -> Tensor:
         return torch.empty(shape if there else (0,), dtype=torch.float32, device=first["memory"].device)
 
-    reads = empty(steps, batch, read_heads, width)
     kept: dict[str, Tensor] = {
         "write_content": empty(steps, batch, heads, slots, there=save),
         "allocation": empty(steps, batch, heads, slots, there=save and track_usage),
@@ -62,14 +61,57 @@ def memory_scan_fwd(
         "links": empty(snapshots, batch, heads, slots, slots, there=save and track_links),
         "precedence": empty(snapshots, batch, heads, slots, there=save and track_links),
     }
+    if batch and on_chip.fits(slots, width, heads):
+        last = forward.outputs(first, width, None, track_usage, track_links)
+        reads = empty(batch, steps, read_heads, width)
+        on_chip.scan(
+            first, contiguous(INTERFACE, interface), None if sharpness is None else sharpness.contiguous(),
+            None if step_mask is None else step_mask.contiguous(), deallocate, checkpoint_every, reads, last, kept,
+            saved, save,
+        )  # fmt: skip
+    else:
+        by_time = empty(steps, batch, read_heads, width)
+        last = _step_by_step(
+            first, interface, sharpness, step_mask, track_usage, track_links, deallocate,
+            checkpoint_every if save else steps, by_time, kept, saved,
+        )  # fmt: skip
+        reads = by_time.transpose(0, 1).contiguous()
+        if save:
+            # A history must not share its memory with a result.
+            last |= {name: last[name].clone() for name in ("usage", "read_weights", "write_weights")}
+    return [
+        reads,
+        *(last[name] for name in STATE),
+        *(kept[name] for name in SAVED),
+        *(kept[name] for name in ("usage", "read_weights", "write_weights")),
+        *saved.values(),
+    ]
+
+
+def _step_by_step(
+    first: dict[str, Tensor],
+    interface: Sequence[Tensor],
+    sharpness: Tensor | None,
+    step_mask: Tensor | None,
+    track_usage: bool,
+    track_links: bool,
+    deallocate: bool,
+    every: int,
+    reads: Tensor,
+    kept: dict[str, Tensor],
+    saved: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Three launches a step, for a memory of any size; the last state."""
+    said = {name: field.transpose(0, 1).contiguous() for name, field in zip(INTERFACE, interface, strict=True)}
+    exponents, masks = _by_time(sharpness), _by_time(step_mask)
     # Two sets of everything a step makes, used in turn; what has a history goes there at once.
-    made = [forward.outputs(first, width, sharpness, track_usage, track_links) for _ in range(2)]
+    made = [forward.outputs(first, reads.shape[-1], sharpness, track_usage, track_links) for _ in range(2)]
     old = first
-    for t in range(steps):
-        if save and t > 0 and t % checkpoint_every == 0:
+    for t in range(reads.shape[0]):
+        if t > 0 and t % every == 0:
             for name, snapshot in saved.items():
                 if snapshot.numel():
-                    snapshot[t // checkpoint_every - 1].copy_(old[name])
+                    snapshot[t // every - 1].copy_(old[name])
         new = made[t % 2] | {"reads": reads[t]}
         new |= {name: history[t] for name, history in kept.items() if history.numel()}
         forward.step(
@@ -77,17 +119,7 @@ def memory_scan_fwd(
             track_usage, track_links, deallocate, new,
         )  # fmt: skip
         old = old | {name: new[name] for name in STATE if new[name].numel()}
-    last = {name: new[name] for name in STATE}
-    if save:
-        # A history must not share its memory with a result.
-        last |= {name: last[name].clone() for name in ("usage", "read_weights", "write_weights")}
-    return [
-        reads.transpose(0, 1).contiguous(),
-        *(last[name] for name in STATE),
-        *(kept[name] for name in SAVED),
-        *(kept[name] for name in ("usage", "read_weights", "write_weights")),
-        *saved.values(),
-    ]
+    return {name: new[name] for name in STATE}
 
 
 def memory_scan_bwd(
