@@ -108,16 +108,19 @@ def _letters(shape: Sequence[int | str | None]) -> str:
     return "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
 
 
-def temperature(value: Any, like: Tensor, like_name: str) -> Tensor | None:
-    """A temperature: a number > 0, for which this returns None, or a 0-d floating tensor on the device of ``like``."""
+def temperature(value: float | Tensor, like: Tensor, like_name: str) -> float | Tensor:
+    """A temperature, to be used: a number > 0, or a 0-d floating tensor on the device of ``like``."""
     if isinstance(value, Tensor):
-        # A CPU scalar would have to be copied to the GPU at each call, which blocks graph capture.
-        return floating("temperature", value, (), like, like_name)
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        # A CPU scalar would have to be copied to the GPU at each call, which blocks graph capture. Its dtype follows
+        # that of the tensor, as torch's own 0-d tensors do.
+        same_device("temperature", floating("temperature", value, ()), like, like_name)
+        return value if (value.dtype == torch.float64) == (like.dtype == torch.float64) else value.to(like.dtype)
+    number: Any = value
+    if isinstance(number, bool) or not isinstance(number, int | float | torch.SymFloat | torch.SymInt):
         fail_type("temperature", "a float or a 0-d tensor", value)
     if not value > 0 or value == float("inf"):
         fail("temperature", "a finite number > 0", value)
-    return None
+    return value
 
 
 def choice(name: str, value: Any, known: Sequence[str]) -> None:

@@ -83,6 +83,23 @@ def test_dtensor_is_refused_by_name(tmp_path: Any) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_a_0d_temperature_follows_the_dtype_of_what_it_scales(name: str) -> None:
+    if memkern.backends._absent(name, "cpu"):
+        pytest.skip(f"backend {name} is not here")
+    for scaled, given in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        temperature = torch.tensor(0.5, dtype=given, requires_grad=True)
+        logits = torch.randn(2, 3, dtype=scaled)
+        found = temperature_softmax(logits, temperature, backend=name)
+        torch.testing.assert_close(found, temperature_softmax(logits, 0.5, backend=name))
+        found[:, 0].sum().backward()
+        assert temperature.grad.dtype == given
+        assert temperature.grad != 0
+        hiddens, weight = torch.randn(2, 3, 4, dtype=scaled), torch.randn(5, 4, dtype=scaled)
+        routed = route_experts(hiddens, weight, temperature=temperature, backend=name).probs
+        torch.testing.assert_close(routed, route_experts(hiddens, weight, temperature=0.5, backend=name).probs)
+
+
 def test_explicit_backend_that_cannot_lists_every_reason() -> None:
     with pytest.raises(memkern.BackendUnavailable) as caught:
         route_experts(X.to("meta"), W.to("meta"), backend="triton")

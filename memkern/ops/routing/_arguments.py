@@ -26,8 +26,12 @@ def check_route(
     row_mask: Tensor | None,
     clamp: float | None,
     process_group: ProcessGroup | None,
-) -> None:
-    """Every check of route_experts, with its message; :func:`plainly_fine` decides whether it has to run."""
+) -> float | Tensor:
+    """Every check of route_experts, with its message; :func:`plainly_fine` decides whether it has to run.
+
+    Returns:
+        the temperature to use.
+    """
     _checks.floating("hiddens", hiddens, ("B", "S", "D"))
     rows, slots, width = hiddens.shape
     _checks.floating("weight", weight, ("K", width), hiddens, "hiddens")
@@ -36,7 +40,7 @@ def check_route(
         _checks.fail("weight", f"1 <= K <= {MAX_EXPERTS} rows", weight)
     if bias is not None:
         _checks.floating("bias", bias, (experts,), hiddens, "hiddens")
-    _checks.temperature(temperature, hiddens, "hiddens")
+    temperature = _checks.temperature(temperature, hiddens, "hiddens")
     _checks.choice("pooling", pooling, POOLINGS)
     if pooling == "attention":
         if pool_query is None:
@@ -56,6 +60,7 @@ def check_route(
             _checks.no_nan(name, value)
         if isinstance(temperature, Tensor):
             _checks.positive("temperature", temperature)
+    return temperature
 
 
 def check_clamp(clamp: float | None) -> None:

@@ -184,7 +184,9 @@ def route_experts(
             )
             return Routing(probs, logits, entropy, loss)
     else:
-        check_route(hiddens, weight, bias, temperature, pooling, pool_query, slot_mask, row_mask, clamp, process_group)
+        temperature = check_route(
+            hiddens, weight, bias, temperature, pooling, pool_query, slot_mask, row_mask, clamp, process_group
+        )
         chosen, by_reference = backends.select("route_experts", backend, hiddens, weight, bias), needs_reference()
     if by_reference or chosen == "reference":
         details = reference.route_experts_details(

@@ -81,7 +81,7 @@ def temperature_softmax(
         ValueError, TypeError: a bad argument, named.
     """
     check_rows("logits", logits)
-    _checks.temperature(temperature, logits, "logits")
+    temperature = _checks.temperature(temperature, logits, "logits")
     check_clamp(clamp)
     if _checks.values_enabled():
         _checks.no_nan("logits", logits)
