@@ -99,8 +99,10 @@ def test_parts(name: str) -> None:
         assert_matches(on_cuda(spec.public), spec.reference, spec.case(size).arguments())
 
 
-def test_allocation_past_the_slots_that_are_counted() -> None:
-    usage = 0.99 + 0.01 * torch.rand(1, 1100)
+@pytest.mark.parametrize("slots", [40, 1100])
+def test_allocation_with_ties(slots: int) -> None:
+    """Counted, and past 1024 slots sorted."""
+    usage = 0.99 + 0.01 * torch.rand(1, slots)
     usage[:, ::3] = 0.995
     made = {"usage": usage.requires_grad_()}
     assert_matches(on_cuda(ops.allocation_weights), reference.allocation_weights, made)

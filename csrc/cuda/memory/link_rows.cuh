@@ -1,7 +1,7 @@
 // Forward over some rows of a link matrix by one block, wherever the matrix lies.
 //
-// A warp takes kHeight rows by kWarp packs of columns at a time. Sums along columns stay in registers for all rows of the
-// block, and meet at the end of the columns; sums along rows meet in the warp and are kept in shared memory.
+// A warp takes kHeight rows by kWarp packs of columns at a time. Sums along columns stay in registers for all rows of
+// the block, and meet at the end of the columns; sums along rows meet in the warp and are kept in shared memory.
 #pragma once
 
 #include "cuda/memory/links.cuh"

@@ -1,5 +1,5 @@
-// The scan of up to 512 slots in one launch. A cluster of blocks has a batch item: every block keeps its rows of the links
-// and of the memory in shared memory from the first step to the last, and all vectors over the slots.
+// The scan of up to 512 slots in one launch. A cluster of blocks has a batch item: every block keeps its rows of the
+// links and of the memory in shared memory from the first step to the last, and all vectors over the slots.
 //
 // Three times a step the cluster waits: for the write lookup's scores, for the read lookup's scores and what the links
 // say, and for the reads. In between every block does the same on whole vectors, and gets the same bits: what a slot
