@@ -18,7 +18,6 @@ Tensor packed(const Tensor& t, ScalarType dtype) {
   const Tensor found = as(t, dtype);
   return reinterpret_cast<uintptr_t>(found.data_ptr()) % 16 == 0 ? found : torch::stable::clone(found);
 }
-OptTensor packed(const OptTensor& t, ScalarType dtype) { return t ? OptTensor(packed(*t, dtype)) : t; }
 
 Tensor cast(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);

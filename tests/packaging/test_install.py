@@ -158,6 +158,27 @@ def test_cuda_builds_without_a_gpu(checkout: Path) -> None:
     assert (checkout / "memkern" / "_ops_cuda.so").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc here")
+@pytest.mark.skipif(os.environ.get("MEMKERN_LINK_CUDA") != "1", reason="80 s of nvcc: on request (MEMKERN_LINK_CUDA=1)")
+def test_the_cuda_library_links_with_every_column(checkout: Path) -> None:
+    """No binding without its kernels. Nothing optimises them here: tests/kernels looks at their machine code."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=checkout, capture_output=True, text=True,
+        env={
+            **os.environ, "MEMKERN_BUILD_CPP": "0", "MEMKERN_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a",
+            "NVCC_APPEND_FLAGS": "-Xcicc -O0 -Xptxas -O0",
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    symbols = subprocess.run(
+        ["nm", "-DC", "--undefined-only", str(checkout / "memkern" / "_ops_cuda.so")],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "memkern::" not in symbols
+
+
 def test_triton_kernels_of_others_stay_importable(tmp_path: Path) -> None:
     """The folder triton_kernels/ at the root is no package: an installed one of that name wins."""
     root = Path(__file__).parents[2]
