@@ -270,6 +270,11 @@ def equal_one(rank):
         with torch.no_grad():
             logits = sharded.eval()(mine["input_ids"]).logits
             torch.testing.assert_close(logits, single.eval()(mine["input_ids"]).logits)
+        if isinstance(sharded, SelfRAGModel):
+            sharded.unshard()
+            for model in (single, sharded):
+                model.write_to_memory("d", [9, 1, 2, 3])
+            torch.testing.assert_close(sharded.memory.embeddings[-1], single.memory.embeddings[-1])
     assert abs(sharded.memory_layers["0"].gate_value() - 0.6225) < 1e-3
 
 

@@ -37,6 +37,10 @@ class HybridOutput(DictOutput, CausalLMOutputWithPast):
 class HybridTransformerModel(PreTrainedModel, GenerationMixin):
     """A decoder with memory attached by hooks; its own parameters keep their names under ``backbone``.
 
+    PEFT adapters attach to the backbone; ``modules_to_save=["internal_proj", "external_proj", "fusion_gate"]`` lets the
+    memory's projections learn beside them. Under FSDP2 shard the decoder blocks, then the model: its memory belongs to
+    the outermost unit. ``torch.compile`` takes the layers as one graph; a scalar gate is decided before them.
+
     Args:
         config: a :class:`HybridTransformerConfig`.
         tokenizer: for texts in the external memory.

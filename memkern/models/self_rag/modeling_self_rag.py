@@ -43,6 +43,9 @@ class SelfRAGOutput(DictOutput, CausalLMOutputWithPast):
 class SelfRAGModel(Generation, SelfRAGPreTrainedModel):
     """Retrieval-augmented causal LM over a :class:`memkern.store.MemoryStore`.
 
+    Under FSDP2 shard the decoder blocks, then the model; call its ``unshard()`` before writing to the memory outside of
+    a forward. ``torch.compile`` makes two graphs, one on either side of the search.
+
     Args:
         base_model: any causal LM of transformers, or :class:`SelfRAGTransformer`; a :class:`SelfRAGConfig` alone builds
             a fresh one.
