@@ -1,0 +1,42 @@
+// Sum, maximum and minimum over the elements of a vector, in an order that depends on the width alone. Part of common/vec.h.
+#pragma once
+
+namespace memkern::cpu::MK_NS {
+
+template <class A>
+MK_INLINE A reduce_sum(Vec<A> x) {
+  A part[Vec<A>::N];
+  store(part, x);
+  for (int step = Vec<A>::N / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) part[i] += part[i + step];
+  }
+  return part[0];
+}
+#if MK_X86
+template <>
+inline __attribute__((always_inline)) float reduce_sum<float>(VecF x) {
+#if MK_VEC == 512
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif MK_VEC == 256
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+#else
+  const __m128 four = x.v;
+#endif
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+#endif
+// Largest element; NaN when there is one.
+template <class A>
+MK_INLINE A reduce_max(Vec<A> x) {
+  A part[Vec<A>::N];
+  store(part, x);
+  A best = part[0];
+  for (int i = 1; i < Vec<A>::N; ++i) best = (part[i] > best || part[i] != part[i]) ? part[i] : best;
+  return best;
+}
+template <class A>
+MK_INLINE A reduce_min(Vec<A> x) { return -reduce_max(-x); }
+
+}  // namespace memkern::cpu::MK_NS
