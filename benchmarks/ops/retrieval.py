@@ -197,6 +197,8 @@ SPECS = (
         targets=(
             Target("large-cpu", "fwd", "read", 0.75),
             Target("large-cpu", "fwd", "read", 0.75, dtype="bfloat16"),
+            Target("large-cpu", "fwd", "eager", 2.0),
+            Target("large-cpu", "fwd", "eager", 2.0, dtype="bfloat16"),
             Target("large-cpu", "fwd", "eager", 2.0, variant="bank"),
             Target("large-cpu", "fwd+bwd", "eager", 2.0, variant="bank"),
             Target("large-cpu", "fwd", "sdpa", 1.0),
