@@ -50,7 +50,49 @@ def recall() -> str:
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"targets": targets, "recall": recall}
+def store() -> str:
+    """Times and sizes of a store with a million chunks."""
+    from memkern.benchmarks.machine import line
+    from memkern.benchmarks.report import markdown
+
+    parts = []
+    for path in sorted(RESULTS.glob("*/store.json")):
+        content = read(path)
+        rows = []
+        for name, value in content["results"].items():
+            words, _, unit = name.rpartition("_")
+            shown = f"{value / 2**30:.2f} GiB" if unit == "bytes" else f"{value:.2f} s"
+            rows.append([words.replace("_", " "), shown])
+        what = f"{content['chunks']:,} chunks of width {content['width']}, {content['dtype']}"
+        how = f"wall time on a shared machine, threads: {content['threads']}"
+        parts.append(f"{what}; {line(content['machine'])}; {how}.\n\n{markdown(['step', 'measured'], rows)}")
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def exactness() -> str:
+    """The search against a float64 brute force."""
+    from memkern.benchmarks.machine import line
+    from memkern.benchmarks.report import markdown
+
+    parts = []
+    for path in sorted(RESULTS.glob("*/search_exactness.json")):
+        content = read(path)
+        header = ["database", "dtype", "queries", "wrong neighbours", "bits that change with the batching"]
+        rows = [
+            [entry["database"], entry["dtype"], *(str(entry[name]) for name in ("queries", "wrong", "other_bits"))]
+            for entry in content["results"]
+        ]
+        what = f"{content['rows']:,} rows of {content['width']}, k = {content['k']}"
+        parts.append(f"{what}; {line(content['machine'])}.\n\n{markdown(header, rows)}")
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "targets": targets,
+    "recall": recall,
+    "store": store,
+    "exactness": exactness,
+}
 
 
 def rewritten(text: str) -> str:
