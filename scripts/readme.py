@@ -77,12 +77,15 @@ def exactness() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*/search_exactness.json")):
         content = read(path)
-        header = ["database", "dtype", "queries", "wrong neighbours", "bits that change with the batching"]
-        rows = [
-            [entry["database"], entry["dtype"], *(str(entry[name]) for name in ("queries", "wrong", "other_bits"))]
-            for entry in content["results"]
-        ]
-        what = f"{content['rows']:,} rows of {content['width']}, k = {content['k']}"
+        header = ["database", "neighbours found", "wrong", "that change with the batching"]
+        rows = []
+        for name in dict.fromkeys(entry["database"] for entry in content["results"]):
+            own = [entry for entry in content["results"] if entry["database"] == name]
+            found = content["k"] * sum(entry["queries"] for entry in own)
+            rows.append(
+                [name, f"{found:,}", *(str(sum(entry[key] for entry in own)) for key in ("wrong", "other_bits"))]
+            )
+        what = f"{content['rows']:,} rows of {content['width']}, float32 and bfloat16, k = {content['k']}"
         parts.append(f"{what}; {line(content['machine'])}.\n\n{markdown(header, rows)}")
     return "\n\n".join(parts) or "Nothing measured yet."
 
