@@ -204,6 +204,8 @@ SPECS = (
             Target("small", "fwd+bwd", "compile", 1.0),
             Target("large-cpu", "fwd", "read", 0.8),
             Target("large-cpu", "fwd", "compile", 1.0),
+            Target("large-cpu", "fwd+bwd", "eager", 1.0),
+            Target("large-cpu", "fwd+bwd", "compile", 1.0),
             Target("large", "fwd", "copy", 0.85, device="cuda", dtype="bfloat16"),
             Target("large", "bwd", "copy", 0.85, device="cuda", dtype="bfloat16"),
             Target("medium", "fwd", "copy", 0.7, device="cuda", dtype="bfloat16"),
