@@ -7,6 +7,7 @@ value can be compared without a GPU. What is no C++ is rewritten first: launches
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import re
@@ -59,6 +60,15 @@ def build() -> Path:
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two test processes one compiles, the other waits
+        if not library.exists():
+            _compile(sources, library)
+    return library
+
+
+def _compile(sources: list[Path], library: Path) -> None:
+    folder = library.parent
     torch_root = Path(torch.__file__).parent
     include = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_root / "include")]
     compiler = ["ccache", "g++"] if shutil.which("ccache") else ["g++"]
@@ -77,7 +87,6 @@ def build() -> Path:
     link = ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(partial), f"-L{torch_root / 'lib'}"]
     _run([*link, "-ltorch_cpu", "-lc10"])
     partial.replace(library)
-    return library
 
 
 def _run(command: list[str]) -> None:
