@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memkern.testing.compare import Comparison, compare, flatten, nudge, to_double
+from memkern.testing.compare import DRAWS, Comparison, compare, flatten, nudge, to_double
 
 from .registry import Function, OpSpec
 
@@ -114,7 +114,7 @@ class Truth:
         if name in self.spec.judges:
             return self.spec.judges[name](outputs, self.truth, self.arguments)
         actual, truth, baseline = outputs[name].detach(), self.truth[name], self.baseline[name]
-        return self._compare(name, actual, truth, baseline, rounder, lambda: self._nudged(())[name])
+        return self._compare(name, actual, truth, baseline, rounder, lambda: self._draws((), name))
 
     def _check_gradients(self, outputs: dict[str, Tensor], rounder: bool) -> list[Comparison]:
         lost = [name for name in self.cotangents if name in outputs and not outputs[name].requires_grad]
@@ -126,7 +126,7 @@ class Truth:
         actual = pull_back(outputs, self.arguments, {name: self.cotangents[name] for name in names})
         truth, baseline = self._true_gradients(names)
         return [
-            self._compare(name, grad, truth[name], baseline[name], rounder, lambda name=name: self._nudged(names)[name])  # type: ignore[misc]
+            self._compare(name, grad, truth[name], baseline[name], rounder, lambda name=name: self._draws(names, name))  # type: ignore[misc]
             for name, grad in actual.items()
         ]
 
@@ -140,13 +140,19 @@ class Truth:
             self._gradients[names] = truth, baseline
         return self._gradients[names]
 
-    def _nudged(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Outputs, or the gradients of those ``names``, on inputs that are one rounding away."""
-        arguments = nudge(self.arguments)
-        outputs = named_outputs(self.spec.reference(**arguments))
-        if not names:
-            return outputs
-        return pull_back(outputs, arguments, {name: self.cotangents[name] for name in names})
+    def _draws(self, names: tuple[str, ...], name: str) -> list[tuple[Tensor, Tensor]]:
+        """An output, or a gradient of the outputs ``names``, in float64 and in its own dtype, on nudged inputs."""
+        made = []
+        for seed in range(DRAWS):
+            inputs = nudge(self.arguments, seed)
+            pair = []
+            for arguments in (to_double(inputs), inputs):
+                outputs = named_outputs(self.spec.reference(**arguments))
+                if names:
+                    outputs = pull_back(outputs, arguments, {name: self.cotangents[name] for name in names})
+                pair.append(outputs[name].detach())
+            made.append((pair[0], pair[1]))
+        return made
 
     def _compare(
         self,
@@ -155,10 +161,10 @@ class Truth:
         truth: Tensor,
         baseline: Tensor,
         rounder: bool,
-        nudged: Callable[[], Tensor],
+        draws: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     ) -> Comparison:
         if not rounder:
-            return compare(name, actual, truth, baseline, nudged=nudged)
+            return compare(name, actual, truth, baseline, draws=draws)
         if actual.is_floating_point():
             actual = actual.to(baseline.dtype)
         held = compare(name, actual, truth, baseline)

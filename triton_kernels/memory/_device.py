@@ -143,7 +143,10 @@ def logs_before(entered_pointer, entered, n, N, NB: tl.constexpr, BJ: tl.constex
 def sharpened(w, gamma, ok):
     """w^gamma / sum w^gamma; what is below the normal numbers counts as 0, an all-zero row stays 0."""
     positive = ok & (w >= TINY)
-    logit = tl.where(positive, gamma * tl.log(tl.where(positive, w, 1.0)), float("-inf"))
+    logarithm = tl.where(positive, tl.log(tl.where(positive, w, 1.0)), float("-inf"))
+    best = tl.max(logarithm, axis=0)
+    # The difference first: what gamma multiplies is small where it counts, and so is its rounding.
+    logit = (logarithm - tl.where(best == float("-inf"), 0.0, best)) * gamma
     return softmax(logit, positive) + tl.sum(tl.where(w == w, 0.0, w), axis=0)
 
 

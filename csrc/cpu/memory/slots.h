@@ -309,10 +309,10 @@ MK_INLINE void sharpen_slots(const T* weights, T gamma, int64_t n, T* out) {
   Mask<T> bad = is_nan(Vec<T>(T(0)));
   for (int64_t i = 0; i < size; i += N) {
     const Vec<T> w = load(weights + i);
-    const Vec<T> logit = select(w >= kTiny, log(w) * gamma, Vec<T>(kLow));
+    const Vec<T> logarithm = select(w >= kTiny, log(w), Vec<T>(kLow));
     bad = bad | is_nan(w);
-    best = max_nan(logit, best);
-    store(out + i, logit);
+    best = max_nan(logarithm, best);
+    store(out + i, logarithm);
   }
   const T top = any(bad) ? std::numeric_limits<T>::quiet_NaN() : reduce_max(best);
   if (top == kLow) {
@@ -321,7 +321,8 @@ MK_INLINE void sharpen_slots(const T* weights, T gamma, int64_t n, T* out) {
   }
   Vec<T> sum(T(0));
   for (int64_t i = 0; i < size; i += N) {
-    const Vec<T> e = within(exp(load(out + i) - top), n - i);
+    // The difference first: what gamma multiplies is small where it counts, and so is its rounding.
+    const Vec<T> e = within(exp((load(out + i) - top) * gamma), n - i);
     store(out + i, e);
     sum += e;
   }

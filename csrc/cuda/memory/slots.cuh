@@ -297,9 +297,9 @@ __device__ __forceinline__ void sharpen(const float* weights, float gamma, int n
   MK_FOR_SLOTS(i, n) {
     const float w = weights[i];
     // Only a NaN is neither.
-    const float logit = w >= FLT_MIN ? logf(w) * gamma : w < FLT_MIN ? -INFINITY : w;
-    best = (logit > best || logit != logit) ? logit : best;
-    out[i] = logit;
+    const float logarithm = w >= FLT_MIN ? logf(w) : w < FLT_MIN ? -INFINITY : w;
+    best = (logarithm > best || logarithm != logarithm) ? logarithm : best;
+    out[i] = logarithm;
   }
   const float top = block_max(best, shared.sums);
   if (top == -INFINITY) {
@@ -308,7 +308,8 @@ __device__ __forceinline__ void sharpen(const float* weights, float gamma, int n
   }
   float sum = 0.0f;
   MK_FOR_SLOTS(i, n) {
-    const float e = expf(out[i] - top);
+    // The difference first: what gamma multiplies is small where it counts, and so is its rounding.
+    const float e = expf((out[i] - top) * gamma);
     out[i] = e;
     sum += e;
   }
