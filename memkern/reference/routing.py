@@ -96,19 +96,25 @@ def route_experts_details(
     straight_through: bool = False,
 ) -> RoutingDetails:
     """:func:`route_experts`, with the unrounded probabilities and the rows that pooled to zero."""
-    with full_precision(hiddens):
-        dtype = compute_dtype(hiddens)
-        x = pool_slots(hiddens, pooling, pool_query, slot_mask)
+
+    def route(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = compute_dtype(rows)
+        x = pool_slots(rows, pooling, pool_query, slot_mask)
         raw = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         logits = clamp_logits(raw, clamp, straight_through)
         zero_rows = (x.detach().abs() < ZERO_ROW).all(1)
         uniform = torch.full_like(logits, 1.0 / weight.shape[0])
         routed = tempered_softmax(logits.masked_fill(zero_rows[:, None], 0.0), temperature)
-        probs = torch.where(zero_rows[:, None], uniform, routed)
-        routing = Routing(
-            probs.to(hiddens.dtype), logits, routing_entropy(probs), load_balance_loss(probs, row_mask=row_mask)
-        )
-        return RoutingDetails(routing, probs, zero_rows)
+        return logits, torch.where(zero_rows[:, None], uniform, routed), zero_rows
+
+    with full_precision(hiddens):
+        logits, probs, zero_rows = route(hiddens)
+        counted = probs
+        if row_mask is not None:
+            # Routed once more without them: zero times the NaN that a masked row may hold is NaN in every gradient.
+            counted = route(torch.where(row_mask[:, None, None], hiddens, 0.0))[1]
+        loss = load_balance_loss(counted, row_mask=row_mask)
+        return RoutingDetails(Routing(probs.to(hiddens.dtype), logits, routing_entropy(probs), loss), probs, zero_rows)
 
 
 def route_experts(

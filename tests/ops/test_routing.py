@@ -214,8 +214,10 @@ def test_nan_propagates_but_not_out_of_masked_slots(backend: Any, pooling: str) 
     assert_matches(on(backend), reference.route_experts, made)
 
 
-def test_masked_rows_reach_no_loss(backend: Any) -> None:
-    made = arguments(backend, (4, 2, 16, 4))
+@pytest.mark.parametrize("clamp", [None, 10.0], ids=["unclamped", "clamped"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "attention"])
+def test_masked_rows_reach_no_loss(backend: Any, pooling: str, clamp: float | None) -> None:
+    made = arguments(backend, (4, 2, 16, 4), pooling=pooling) | {"clamp": clamp}
     made["row_mask"] = torch.tensor([True, False, True, True], device=backend.device)
     with torch.no_grad():
         made["hiddens"][1] = float("nan")
@@ -223,9 +225,13 @@ def test_masked_rows_reach_no_loss(backend: Any) -> None:
     assert bool(result.load_balance_loss.isfinite())
     result.load_balance_loss.backward()
     assert not made["hiddens"].grad[1].any()
-    kept = {**made, "hiddens": made["hiddens"].detach()[[0, 2, 3]], "row_mask": None}
+    kept = {**made, "hiddens": made["hiddens"].detach()[[0, 2, 3]].requires_grad_(), "row_mask": None}
     expected = route_experts(**kept, backend=backend.name).load_balance_loss
     torch.testing.assert_close(result.load_balance_loss, expected)
+    leaves = [name for name, value in kept.items() if isinstance(value, torch.Tensor) and value.requires_grad]
+    for name, gradient in zip(leaves, torch.autograd.grad(expected, [kept[x] for x in leaves]), strict=True):
+        found = made[name].grad
+        torch.testing.assert_close(found[[0, 2, 3]] if name == "hiddens" else found, gradient)
     made["row_mask"] = torch.zeros(4, dtype=torch.bool, device=backend.device)
     assert route_experts(**made, backend=backend.name).load_balance_loss.item() == 0.0
 

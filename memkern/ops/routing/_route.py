@@ -93,6 +93,12 @@ class _RouteExperts(torch.autograd.Function):
             wanted = ((hiddens, need_h), (weight, need_w), (bias, need_b), (temperature, need_t), (pool_query, need_q))
             return *differentiable_backward(outputs, grads, wanted), None, None, None
         limit = NO_CLAMP if clamp is None else clamp
+        if row_mask is not None and grad_probs is None and grad_logits is None and grad_entropy is None:
+            # Zero times the NaN that a row outside the loss may hold is NaN in the weight's gradient.
+            hiddens = torch.where(row_mask[:, None, None], hiddens, 0.0)
+            saved = ROUTE_FWD[backend](
+                hiddens, weight, bias, temperature, value, code, pool_query, slot_mask, row_mask, limit, True
+            )[4]
         d_hiddens, d_weight, d_bias, d_temperature, d_query = ROUTE_BWD[backend](
             grad_probs, grad_logits, grad_entropy, grad_loss,
             hiddens, weight, temperature, value, code, pool_query, slot_mask, row_mask,
