@@ -82,6 +82,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     gemms: dict[str, float] = field(default_factory=dict)
+    overheads: dict[str, float] = field(default_factory=dict)
 
     def find(self, *key: str) -> Row | None:
         for row in self.rows:
@@ -96,6 +97,7 @@ class Results:
             "limits": self.limits,
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "gemms": self.gemms,
+            "overheads": self.overheads,
             "skipped": self.skipped,
             "targets": [promise.as_dict() for promise in promises],
         }
@@ -103,7 +105,14 @@ class Results:
     @staticmethod
     def from_dict(content: dict[str, Any]) -> Results:
         rows = [Row(**row) for row in content["rows"]]
-        return Results(content["machine"], content["limits"], rows, content.get("skipped", []), content["gemms"])
+        return Results(
+            content["machine"],
+            content["limits"],
+            rows,
+            content.get("skipped", []),
+            content["gemms"],
+            content.get("overheads", {}),
+        )
 
 
 def start(device: str) -> Results:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from . import machine
@@ -88,14 +88,22 @@ PROMISE_HEADER = ["op", "case", "mode", "against", "target", "measured", "verdic
 
 
 def describe(results: Results) -> list[str]:
-    """The machine and its limits, in two lines."""
+    """The machine and its limits, in two lines; a third for what costs beside the kernels, where that was measured."""
     units = {name: "TFLOP/s" if name == "peak" or name.startswith("gemm") else "GB/s" for name in results.limits}
     limits = ", ".join(
         f"{name} {value / (1e12 if units[name] == 'TFLOP/s' else 1e9):.3g} {units[name]}"
         for name, value in results.limits.items()
     )
     how = "device time" if results.machine["device"] == "cuda" else "process CPU time at one thread"
-    return [machine.line(results.machine), f"limits of this run: {limits}; {how}"]
+    lines = [machine.line(results.machine), f"limits of this run: {limits}; {how}"]
+    if results.overheads:
+        lines.append("beside the kernels: " + overheads(results.overheads))
+    return lines
+
+
+def overheads(seconds: Mapping[str, float]) -> str:
+    """``import memkern above torch 47 ms, ...``."""
+    return ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
 
 
 def plot(results: Results, path: Path) -> None:

@@ -27,7 +27,7 @@ def targets() -> str:
     from memkern.benchmarks.bench import Promise
     from memkern.benchmarks.machine import line
     from memkern.benchmarks.registry import Target
-    from memkern.benchmarks.report import PROMISE_HEADER, markdown, promise_cells
+    from memkern.benchmarks.report import PROMISE_HEADER, markdown, overheads, promise_cells
 
     parts = []
     for path in sorted(RESULTS.glob("*/ops.json")):
@@ -40,7 +40,8 @@ def targets() -> str:
                 rows.append(promise_cells(promise))
         facts = content["machine"]
         how = "device time" if facts["device"] == "cuda" else "process CPU time, one thread"
-        parts.append(f"{line(facts)}; {how}.\n\n{markdown(PROMISE_HEADER, rows)}")
+        beside = f" Beside the kernels: {overheads(content['overheads'])}." if content.get("overheads") else ""
+        parts.append(f"{line(facts)}; {how}.{beside}\n\n{markdown(PROMISE_HEADER, rows)}")
     return "\n\n".join(parts) or "Nothing measured yet."
 
 

@@ -71,6 +71,10 @@ def command(
         earlier = report.load(compare) if compare else None
         results = _start(device, json if resume else None)
         promises = _run(out, results, specs, cases, provider or [], seconds, json)
+        if device == "cpu" and not (op or size or shape):
+            from memkern.benchmarks import overheads
+
+            results.overheads = overheads.measure()
         _print(out, results, promises, earlier)
         if json is not None:
             write_json(json, results.as_dict(promises))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from memkern.benchmarks import bench, registry, report
+from memkern.benchmarks import bench, overheads, registry, report
 from memkern.benchmarks.bench import Promise, Results, Row
 from memkern.benchmarks.registry import Gemm, Target
 from memkern.benchmarks.timing import Times, cpu_times
@@ -188,3 +188,14 @@ def test_cpu_times_restore_the_threads() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text
+
+
+def test_overheads_are_kept_and_described() -> None:
+    results = Results({}, {}, overheads={"import memkern above torch": 0.047})
+    content = results.as_dict()
+    assert Results.from_dict(content).overheads == results.overheads
+    assert report.overheads(content["overheads"]) == "import memkern above torch 47 ms"
+
+
+def test_importing_memkern_imports_nothing_heavy() -> None:
+    assert 0 < overheads.import_seconds(tries=1) < 10
