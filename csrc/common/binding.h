@@ -76,4 +76,20 @@ inline Tensor empty_on(int32_t device_type, int32_t device_index, const int64_t*
   return Tensor(handle);
 }
 
+// The same of a backend's class that has `Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype)`, where a
+// column's bindings share a template over it (common/binding_memory.h, common/binding_retrieval.h).
+template <class Backend>
+Tensor empty(const Backend& backend, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return backend.empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+}
+template <class Backend>
+Tensor like(const Backend& backend, const Tensor& t, ScalarType dtype) {
+  const auto sizes = t.sizes();
+  return backend.empty(sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
+}
+template <class Backend>
+Tensor like(const Backend& backend, const Tensor& t) {
+  return like(backend, t, t.scalar_type());
+}
+
 }  // namespace memkern::bind

@@ -29,16 +29,6 @@ Tensors take_all(const Backend& backend, const Tensors& tensors) {
   return result;
 }
 
-template <class Backend>
-Tensor empty(const Backend& backend, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return backend.empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
-}
-template <class Backend>
-Tensor like(const Backend& backend, const Tensor& t) {
-  const auto sizes = t.sizes();
-  return backend.empty(sizes.data(), static_cast<int64_t>(sizes.size()), t.scalar_type());
-}
-
 inline MemoryFields<const void*> state_of(const Tensors& t) {
   return {t[0].data_ptr(), t[1].data_ptr(), t[2].data_ptr(), t[3].data_ptr(), t[4].data_ptr(), t[5].data_ptr()};
 }
