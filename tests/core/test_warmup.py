@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memkern
-from memkern.ops import routing
+from memkern.ops.routing import _schemas
 
 
 def test_it_stays_a_function_after_its_first_use() -> None:
@@ -29,20 +29,20 @@ def test_forward_and_backward_of_every_variant_run(monkeypatch: pytest.MonkeyPat
 
     if memkern.backends._absent("cpp", "cpu"):
         pytest.skip("backend cpp is not here")
-    for name in ("_ROUTE_FWD", "_ROUTE_BWD"):
-        table = getattr(routing, name)
+    for name in ("ROUTE_FWD", "ROUTE_BWD"):
+        table = getattr(_schemas, name)
         monkeypatch.setitem(table, "cpp", watching(name, table["cpp"]))
     done = memkern.warmup(
         ["route_experts"], dtypes=["float32", "bfloat16"], device="cpu", shapes={"route_experts": {"D": 40}}
     )
     assert len(done) == 10
     assert len(seen) == 20
-    assert {name for name, _, _ in seen} == {"_ROUTE_FWD", "_ROUTE_BWD"}
+    assert {name for name, _, _ in seen} == {"ROUTE_FWD", "ROUTE_BWD"}
     assert {shape[2] for _, shape, _ in seen} == {40}
     assert {dtype for _, _, dtype in seen} == {torch.float32, torch.bfloat16}
     seen.clear()
     memkern.warmup(["route_experts"], dtypes=["float32"], device="cpu", backward=False)
-    assert {name for name, _, _ in seen} == {"_ROUTE_FWD"}
+    assert {name for name, _, _ in seen} == {"ROUTE_FWD"}
 
 
 def test_the_random_state_stays() -> None:

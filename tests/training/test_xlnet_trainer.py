@@ -256,6 +256,8 @@ def test_two_processes_equal_one_that_accumulates(
     distributed.spawn(train_on_two, fields | {"output_dir": str(tmp_path / "two")}, some, tmp_path / "result.pt")
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     for name, value in weights(alone).items():
+        if name == "qa_outputs.bias":
+            continue  # a softmax over positions does not depend on it: its gradient is rounding, and Adam scales that up
         torch.testing.assert_close(
             result["weights"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
