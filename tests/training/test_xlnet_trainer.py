@@ -257,7 +257,7 @@ def test_two_processes_equal_one_that_accumulates(
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     for name, value in weights(alone).items():
         if name == "qa_outputs.bias":
-            continue  # a softmax over positions does not depend on it: its gradient is rounding, and Adam scales that up
+            continue  # no softmax over positions depends on it: its gradient is rounding, which Adam scales up
         torch.testing.assert_close(
             result["weights"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
