@@ -51,6 +51,56 @@ def recall() -> str:
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
+def gate() -> str:
+    """What a closed retrieval gate saves."""
+    from memkern.benchmarks.report import markdown
+
+    path = RESULTS / "recall" / "hybrid-retrieval-gate.json"
+    if not path.exists():
+        return "Nothing measured yet."
+    content = read(path)
+    rows = [
+        [name, f"{value:.1f} ms", f"{content['ratio'][name]:.3f}", ", ".join(content["profile"][name]) or "neither"]
+        for name, value in content["milliseconds"].items()
+    ]
+    shape = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in content["shape"].items())
+    header = [
+        "forward",
+        "least process time",
+        "of the model without",
+        "of search and retrieval attention in its profile",
+    ]
+    return f"{shape}; {content['machine']}; {content['repeats']} repeats in turn.\n\n{markdown(header, rows)}"
+
+
+def text() -> str:
+    """Self-RAG on real text: perplexity of held-out passages, and retrieval beside BM25."""
+    from memkern.benchmarks.report import markdown
+
+    path = RESULTS / "recall" / "self-rag-text.json"
+    if not path.exists():
+        return "Nothing measured yet."
+    content = read(path)
+    names = {
+        "none": "nothing",
+        "random": "random passages",
+        "retrieved": "what it retrieved",
+        "neighbour": "its neighbours",
+    }
+    reads = [[shown, f"{content['perplexity'][f'perplexity, {name}']:.1f}"] for name, shown in names.items()]
+    finds = [
+        [name, *(f"{content['retrieval'][name].get(key, float('nan')):.3f}" for key in ("recall@1", "recall@5"))]
+        for name in ("model's embeddings", "BM25", "chance")
+    ]
+    held = content["perplexity"]["held-out passages"]
+    return (
+        f"{content['parameters']:,} parameters, {content['training_cpu_seconds']:.0f} s of processor time; "
+        f"{held:.0f} held-out passages, {content['retrieval']['questions']} questions, one seed.\n\n"
+        f"{markdown(['the model reads before a passage', 'perplexity of its rest'], reads)}\n\n"
+        f"{markdown(['a passage is found by', 'recall@1', 'recall@5'], finds)}"
+    )
+
+
 def store() -> str:
     """Times and sizes of a store with a million chunks."""
     from memkern.benchmarks.machine import line
@@ -94,6 +144,8 @@ def exactness() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "targets": targets,
     "recall": recall,
+    "gate": gate,
+    "text": text,
     "store": store,
     "exactness": exactness,
 }
