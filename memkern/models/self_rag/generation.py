@@ -86,6 +86,11 @@ class Generation(Retrieval):
         if hasattr(self, "backbone"):
             self.backbone.generation_config = value
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """False: ``generate`` is this class's own, none of what transformers does to a ``GenerationMixin`` applies."""
+        return False
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's; adapters ask for it."""
         backbone: Any = self.backbone
