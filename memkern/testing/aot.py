@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -180,27 +181,41 @@ def assert_clean(found: Sequence[KernelReport]) -> None:
 
 
 def compile_cases(
-    cases: Sequence[Case], archs: Sequence[int] = ARCHS, toolchain: str = "installed"
+    cases: Sequence[Case], archs: Sequence[int] = ARCHS, toolchain: str = "installed", jobs: int = 1
 ) -> list[KernelReport]:
-    """Compile in this process, in which Triton's interpreter must be off."""
-    import triton
+    """Compile here, or in so many forks of this process; Triton's interpreter must be off."""
+    import triton  # noqa: F401 - before the forks, which then have it
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels cannot be compiled in a process with TRITON_INTERPRET=1")
-    found = []
-    for arch in archs:
-        for case in cases:
-            if arch not in case.wanted(toolchain):
-                continue
-            with _compile_only(arch) as started:
-                case.launch()
-            seen = set()
-            for kernel, grid in started:
-                report = _report(case.name, kernel, grid, arch, triton.__version__)
-                key = (report.kernel, report.grid, kernel.hash)
-                if key not in seen:
-                    found.append(report)
-                    seen.add(key)
+    wanted = [(case, arch) for arch in archs for case in cases if arch in case.wanted(toolchain)]
+    if jobs == 1:
+        return [report for case, arch in wanted for report in _compile_case(case, arch)]
+    # A fork finds the cases, which cannot be pickled, where they are.
+    _inherited[:] = wanted
+    with get_context("fork").Pool(jobs) as pool:
+        return [report for found in pool.map(_compile_inherited, range(len(wanted)), chunksize=1) for report in found]
+
+
+_inherited: list[tuple[Case, int]] = []
+
+
+def _compile_inherited(index: int) -> list[KernelReport]:
+    return _compile_case(*_inherited[index])
+
+
+def _compile_case(case: Case, arch: int) -> list[KernelReport]:
+    import triton
+
+    with _compile_only(arch) as started:
+        case.launch()
+    found, seen = [], set()
+    for kernel, grid in started:
+        report = _report(case.name, kernel, grid, arch, triton.__version__)
+        key = (report.kernel, report.grid, kernel.hash)
+        if key not in seen:
+            found.append(report)
+            seen.add(key)
     return found
 
 
@@ -294,5 +309,6 @@ def main() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = compile_cases(module.CASES, toolchain=toolchain)
+    # One test worker asks for the file while the others wait for the same answer.
+    found = compile_cases(module.CASES, toolchain=toolchain, jobs=2)
     Path(answer).write_text(json.dumps([dataclasses.asdict(report) for report in found]))
