@@ -35,7 +35,7 @@ def define(
     for backend in ("cpp", "triton", "cuda"):
         name = f"{op}_{backend}"
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"memkern::{name}", fake, lib=LIBRARY)
+        LIBRARY.impl(name, fake, "Meta")
         table[backend] = getattr(torch.ops.memkern, name).default
     for key in ("CUDA", "CPU") if _INTERPRETING else ("CUDA",):
         LIBRARY.impl(f"{op}_triton", _launcher(module, op), key)
