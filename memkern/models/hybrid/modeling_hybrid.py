@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memkern.models._compat import CACHE, DictOutput, given_cache, init
+from memkern.models._devices import check_devices
 from memkern.models._losses import cross_entropy, shifted_cross_entropy
 from memkern.models.hybrid.configuration_hybrid import HybridTransformerConfig
 from memkern.models.hybrid.external_memory import BANK_FILE, ExternalMemoryBank
@@ -241,6 +242,17 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
         if labels is not None and targets is not None:
             raise ValueError("targets: expected either labels or targets, got both")
+        name = "input_ids" if input_ids is not None else "inputs_embeds"
+        check_devices(
+            self.backbone,
+            name,
+            given,
+            labels=labels,
+            targets=targets,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            document_mask=document_mask,
+        )
         call = self._call(given, attention_mask, memory_state, document_ids, document_mask, use_external_memory)
         if self._frozen_caches is not None and (past is None or past.get_seq_length() == 0):
             # Generation without a key-value cache starts over at each token: so do the gates' contexts.
@@ -380,6 +392,7 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
         """
         if not self.config.use_external_memory:
             raise ValueError("use_external_memory: this model has no external memory")
+        check_devices(self.backbone, "input_ids", input_ids, attention_mask=attention_mask, document_ids=document_ids)
         call = self._call(input_ids, attention_mask, None, document_ids, None, False)
         call.capture = {}
         training = [module for module in self.modules() if module.training]

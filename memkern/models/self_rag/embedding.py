@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memkern.models._devices import check_devices
 from memkern.models.self_rag.pooling import pool
 from memkern.models.self_rag.tokens import Tokens
 
@@ -32,6 +33,7 @@ class Embedding(Tokens):
             attention_mask: (B, T) bool or 0/1, padding on either side.
             differentiable: whether gradients flow; None: while training.
         """
+        check_devices(self.backbone, "input_ids", input_ids, attention_mask=attention_mask)
         differentiable = self.training if differentiable is None else differentiable
         training = [module for module in self.backbone.modules() if module.training]
         for module in training:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memkern.models._devices import check_devices
 from memkern.models.self_rag.retrieval import Retrieval
 from memkern.models.self_rag.tokens import Retrieved
 
@@ -41,6 +42,7 @@ class Generation(Retrieval):
             (B, T + new) int64: the input as it was given, then the new tokens. The retrieved prefix is no part of it.
             With ``return_dict_in_generate=True``, transformers' output with these ``sequences``.
         """
+        check_devices(self.backbone, "input_ids", input_ids, attention_mask=attention_mask)
         length = input_ids.shape[1]
         limit = kwargs.pop("max_length", None)
         if max_new_tokens is None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memkern.models._compat import CACHE, DictOutput, init
+from memkern.models._devices import check_devices
 from memkern.models._losses import shifted_cross_entropy
 from memkern.models.self_rag.augmentation import Augmented
 from memkern.models.self_rag.configuration_self_rag import SelfRAGConfig
@@ -147,7 +148,19 @@ class SelfRAGModel(Generation, SelfRAGPreTrainedModel):
 
         Returns:
             SelfRAGOutput; ``logits`` (B, T', V) over the augmented sequence.
+
+        Raises:
+            ValueError: an argument of another size, or on another device than the model. The store may be elsewhere.
         """
+        check_devices(
+            self.backbone,
+            "input_ids",
+            input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            positive_ids=positive_ids,
+            document_mask=document_mask,
+        )
         if document_mask is not None:
             if document_mask.shape != (input_ids.shape[0],):
                 raise ValueError(f"document_mask: expected ({input_ids.shape[0]},), got {list(document_mask.shape)}")
