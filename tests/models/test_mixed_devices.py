@@ -49,7 +49,7 @@ def test_each_argument_is_named(name):
         elsewhere = whole | {moved: whole[moved].to("meta")}
         with pytest.raises(ValueError, match=f"^{moved}: expected device cpu, as input_ids has, got meta"):
             model(**elsewhere)
-    with pytest.raises(ValueError, match="^input_ids: expected device cpu, as the model's weights have, got meta"):
+    with pytest.raises(ValueError, match=r"^input_ids: expected device cpu, as the model.s weights have, got meta"):
         model(input_ids=IDS.to("meta"))
 
 
@@ -58,9 +58,9 @@ def test_generate_embed_and_write():
     model, other = self_rag(), hybrid()
     before = other.external_memory.get_size()
     for call in (model.generate, model.embed, other.write_external_memory):
-        with pytest.raises(ValueError, match="^input_ids: expected device cpu"):
+        with pytest.raises(ValueError, match=r"^input_ids: expected device cpu"):
             call(ids)
-        with pytest.raises(ValueError, match="^attention_mask: expected device cpu"):
+        with pytest.raises(ValueError, match=r"^attention_mask: expected device cpu"):
             call(IDS, mask)
     assert other.external_memory.get_size() == before
 
