@@ -56,16 +56,21 @@ void expert_mix_forward(const Tensor& out, const Tensor& gate, const Tensor& upd
 
 void expert_mix_backward(const Tensor& d_products, const OptTensor& d_probs, const OptTensor& d_gate_bias,
                          const OptTensor& d_update_bias, const Tensor& grad, const Tensor& states, const Tensor& probs,
-                         const Tensor& gates, const Tensor& updates, const OptTensor& row_mask) {
+                         const Tensor& gates, const Tensor& updates, const OptTensor& row_mask, int64_t expert) {
   cpu::MixBackward p{};
   p.run = parallel_for;
   p.dtype = dtype_of(states);
   p.product_dtype = dtype_of(d_products);
   p.gates_dtype = dtype_of(gates);
+  p.expert0 = expert;
+  p.E = d_products.size(1);
   p.B = states.size(0);
   p.K = states.size(1);
   p.S = states.size(2);
   p.D = states.size(3);
+  p.product_row = d_products.stride(0);
+  p.product_expert = d_products.stride(1);
+  p.product_half = d_products.stride(2);
   p.grad = grad.data_ptr();
   p.grad_batch = grad.stride(0);
   p.grad_expert = grad.stride(1);
@@ -235,7 +240,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memkern, m) {
   m.def(
       "expert_mix_backward(Tensor(a!) d_products, Tensor(b!)? d_probs, Tensor(c!)? d_gate_bias, "
       "Tensor(d!)? d_update_bias, Tensor grad, Tensor states, Tensor probs, Tensor gates, Tensor updates, "
-      "Tensor? row_mask) -> ()");
+      "Tensor? row_mask, int expert) -> ()");
   m.def(
       "expert_mix_states(Tensor(a!) d_states, Tensor grad, Tensor probs, Tensor gates, Tensor through, "
       "Tensor? row_mask, int expert) -> ()");

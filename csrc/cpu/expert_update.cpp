@@ -81,17 +81,19 @@ void mix_forward_as(const MixForward& p) {
 }
 
 template <class T, class Z, class G>
-void mix_backward_pair(const MixBackward& p, int64_t b, int64_t k) {
+void mix_backward_pair(const MixBackward& p, int64_t b, int64_t e) {
   using A = acc_t<T>;
+  const int64_t k = p.expert0 + e;
   const bool masked = p.row_mask && !p.row_mask[b];
   const A prob = *at<A>(p.probs, b * p.K + k);
   double d_prob = 0;
   for (int64_t s = 0; s < p.S; ++s) {
     const int64_t saved = (b * p.S + s) * p.K + k;
-    Z* d_gate = at<Z>(p.d_products, saved * 2 * p.D);
-    Z* d_update = d_gate + p.D;
+    Z* d_gate = at<Z>(p.d_products, (b * p.S + s) * p.product_row + e * p.product_expert);
+    Z* d_update = d_gate + p.product_half;
     if (masked) {
-      zero_row(d_gate, 2 * p.D);
+      zero_row(d_gate, p.D);
+      zero_row(d_update, p.D);
       continue;
     }
     const T* grad = at<T>(p.grad, b * p.grad_batch + k * p.grad_expert + s * p.grad_slot);
@@ -117,12 +119,12 @@ template <class A, class Z>
 void bias_gradients(const MixBackward& p) {
   constexpr int kVecs = 4, kRows = 32;
   constexpr int64_t kColumns = kVecs * Vec<A>::N;
-  const int64_t rows = p.B * p.S, width = p.K * 2 * p.D, blocks = (p.D + kColumns - 1) / kColumns;
-  parallel(p.run, p.K * 2 * blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t rows = p.B * p.S, width = p.product_row, blocks = (p.D + kColumns - 1) / kColumns;
+  parallel(p.run, p.E * 2 * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t pair = item / blocks, first = item % blocks * kColumns, k = pair / 2;
-      A* out = at<A>(pair % 2 ? p.d_update_bias : p.d_gate_bias, k * p.D + first);
-      const Z* column = at<Z>(p.d_products, pair * p.D + first);
+      const int64_t pair = item / blocks, first = item % blocks * kColumns, e = pair / 2, half = pair % 2;
+      A* out = at<A>(half ? p.d_update_bias : p.d_gate_bias, (p.expert0 + e) * p.D + first);
+      const Z* column = at<Z>(p.d_products, e * p.product_expert + half * p.product_half + first);
       const int64_t count = std::min(kColumns, p.D - first);
       Vec<A> total[kVecs], sum[kVecs];
       for (auto& x : total) x = A(0);
@@ -149,8 +151,8 @@ void bias_gradients(const MixBackward& p) {
 
 template <class T, class Z, class G>
 void mix_backward_as(const MixBackward& p) {
-  parallel(p.run, p.B * p.K, grain_of(p.S * p.D), [&](int64_t begin, int64_t end) {
-    for (int64_t pair = begin; pair < end; ++pair) mix_backward_pair<T, Z, G>(p, pair / p.K, pair % p.K);
+  parallel(p.run, p.B * p.E, grain_of(p.S * p.D), [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) mix_backward_pair<T, Z, G>(p, pair / p.E, pair % p.E);
   });
   if (p.d_gate_bias) bias_gradients<acc_t<T>, Z>(p);
 }

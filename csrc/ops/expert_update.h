@@ -31,10 +31,11 @@ struct MixForward {
   void *gates, *updates;                        // (B, S, K, D) G or null; may be gate and update themselves
 };
 
+// Of E experts from `expert0` on.
 struct MixBackward {
   ParallelFor run;
   DType dtype, product_dtype, gates_dtype;
-  int64_t B, K, S, D;
+  int64_t expert0, E, B, K, S, D;
   const void* grad;    // (B, K, S, D) T
   const void* states;  // (B, K, S, D) T
   int64_t grad_batch, grad_expert, grad_slot;
@@ -42,7 +43,8 @@ struct MixBackward {
   const void* probs;              // (B, K) A
   const void *gates, *updates;    // (B, S, K, D) G
   const bool* row_mask;           // (B,) or null
-  void* d_products;               // (R, K, 2, D) Z: gradients of the pre-activations, of the gate and of the update
+  void* d_products;               // (R, E, 2, D) Z: gradients of the pre-activations, of the gate and of the update
+  int64_t product_row, product_expert, product_half;
   void *d_probs;                  // (B, K) A or null
   void *d_gate_bias, *d_update_bias;  // (K, D) A or null
 };

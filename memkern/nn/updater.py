@@ -44,6 +44,7 @@ class ExpertUpdater(nn.Module):
         self.backend = backend
         self.gate_networks = nn.ModuleList(KeepLinear(2 * hidden_dim, hidden_dim) for _ in range(num_experts))
         self.update_networks = nn.ModuleList(nn.Linear(2 * hidden_dim, hidden_dim) for _ in range(num_experts))
+        self.register_load_state_dict_post_hook(_pack_again)
         self.pack()
 
     def pack(self) -> None:
@@ -117,6 +118,11 @@ class ExpertUpdater(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_dim={self.hidden_dim}, num_experts={self.num_experts}"
+
+
+def _pack_again(module: nn.Module, incompatible: Any) -> None:
+    """``load_state_dict(assign=True)`` has put each weight elsewhere."""
+    cast("ExpertUpdater", module).pack()
 
 
 def _parameters(networks: nn.ModuleList) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

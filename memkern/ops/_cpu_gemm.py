@@ -1,4 +1,4 @@
-"""Matrix products on the CPU: MKL or oneDNN, as ``configs/cpu_gemm.json`` says for this CPU model."""
+"""Matrix products on the CPU: BLAS, oneDNN or our own, as ``configs/cpu_gemm.json`` says for this CPU model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def cpu_model() -> tuple[str, int, int]:
     return found.get("vendor_id", ""), family, model
 
 
-def onednn_from_rows(cpu: tuple[str, int, int]) -> int | None:
-    """From how many rows on oneDNN multiplies float32 on this CPU model, None for never."""
+def from_rows(library: str, cpu: tuple[str, int, int]) -> int | None:
+    """From how many rows on ``library`` ("onednn" or "own") multiplies float32 on this CPU model, None for never."""
     for entry in _TABLE:
         wanted = (entry["vendor"], entry["family"], entry["model"])
         if all(want is None or want == have for want, have in zip(wanted, cpu, strict=True)):
-            return entry["onednn_from_rows"]  # type: ignore[no-any-return]
+            return entry[f"{library}_from_rows"]  # type: ignore[no-any-return]
     return None
 
 
@@ -42,7 +42,35 @@ def onednn_from_rows(cpu: tuple[str, int, int]) -> int | None:
 def _rows_here() -> int | None:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return None
-    return onednn_from_rows(cpu_model())
+    return from_rows("onednn", cpu_model())
+
+
+@functools.cache
+def _own_here() -> int | None:
+    # Measured with the widest vectors alone.
+    return from_rows("own", cpu_model()) if torch.ops.memkern.cpu_isa() == "avx512" else None
+
+
+def own_product(x: Tensor, rows: int) -> bool:
+    """Whether :func:`multiply` makes a product of ``x`` (float32) with so many rows itself, if oneDNN does not."""
+    least = _own_here()
+    return least is not None and x.dtype == torch.float32 and rows >= least
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, own: bool, *, add: bool = False) -> None:
+    """``out`` = a b, or ``out`` += a b, by our own kernel or by BLAS.
+
+    Args:
+        out: (M, N), stride 1 along N; apart from a and b.
+        a: (M, K); b: (K, N), any strides.
+        own: what :func:`own_product` says.
+    """
+    if own:
+        torch.ops.memkern.matmul_rows(out, a, b, add)
+    elif add:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
 
 
 def by_onednn(x: Tensor, rows: int) -> bool:

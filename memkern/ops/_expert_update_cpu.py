@@ -17,15 +17,20 @@ used where it is faster by more than that costs.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from memkern.ops._cpu_gemm import by_onednn, onednn_linear
+from memkern.ops._cpu_gemm import by_onednn, multiply, onednn_linear, own_product
 from memkern.ops._library import accumulator
 
 # Rows that go through forward at once: enough for full speed, few enough that what a product writes is in the cache
 # when it is read, and that a fresh buffer stays below 32 MiB, where the allocator would hand out untouched pages.
 BLOCK_ELEMENTS = 1 << 21
+# From here on the allocator may hand out untouched pages.
+RECYCLED_BYTES = 1 << 22
 
 
 def _row(x: Tensor) -> Tensor:
@@ -72,9 +77,8 @@ def update_experts_fwd(
     batch, experts, slots, width = states.shape
     out = states.new_empty(states.shape)
     kept = (batch, slots, experts, width) if save else (0,)
-    gates, updates = (
-        states.new_empty(kept, dtype=saved_dtype(states, hiddens, gate_weight, update_weight)) for _ in range(2)
-    )
+    low = saved_dtype(states, hiddens, gate_weight, update_weight)
+    gates, updates = (_empty(states, kept, low) for _ in range(2))
     if out.numel() == 0:
         return out, gates, updates
     dtype, f = _product_dtype(states, hiddens, gate_weight, update_weight), accumulator(states)
@@ -88,6 +92,7 @@ def update_experts_fwd(
     weights = tuple(w.to(dtype).contiguous() for w in (gate_weight, update_weight))
     rows = min(step, batch) * slots
     if not onednn and dtype != torch.bfloat16:
+        own = own_product(x, batch * slots)
         beside, products = x.new_empty((rows, 2 * width)), x.new_empty((2, rows, width))
         for first in range(0, batch, step):
             last = min(batch, first + step)
@@ -96,7 +101,7 @@ def update_experts_fwd(
             for expert in range(experts):
                 part.view(last - first, slots, 2 * width)[..., :width].copy_(states[first:last, expert])
                 for product, weight in zip(sums, weights, strict=True):
-                    torch.mm(part, weight[expert].t(), out=product)
+                    multiply(product, part, weight[expert].t(), own)
                 torch.ops.memkern.expert_mix_forward(
                     out, *sums.unsqueeze(2), None, None, states, p, *biases, mask, *saved, first, expert
                 )
@@ -144,6 +149,15 @@ def update_experts_fwd(
     return out, gates, updates
 
 
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor; a large one from the memory of those that training has dropped."""
+    dtype = dtype or like.dtype
+    if dtype == torch.float32 and 4 * math.prod(shape) >= RECYCLED_BYTES:
+        made: Tensor = torch.ops.memkern.empty_recycled(shape)
+        return made
+    return like.new_empty(shape, dtype=dtype)
+
+
 def _beside(both: Tensor, x: Tensor) -> Tensor:
     """As many rows of ``both`` (R, 2D) as ``x`` (n, D) has, with ``x`` in their second half."""
     part = both[: x.shape[0]]
@@ -152,36 +166,51 @@ def _beside(both: Tensor, x: Tensor) -> Tensor:
 
 
 def _backward_by_blas(
-    d_products: Tensor,
+    dtype: torch.dtype,
     grad: Tensor,
     states: Tensor,
     x: Tensor | None,
     probs: Tensor,
     gates: Tensor,
+    updates: Tensor,
     mask: Tensor | None,
     weights: list[Tensor],
     d_states: Tensor | None,
+    d_probs: Tensor | None,
     d_weights: list[Tensor],
+    d_biases: list[Tensor],
     need_hiddens: bool,
 ) -> Tensor:
-    """Fill ``d_states`` and, given the rows of the hiddens ``x``, ``d_weights``; the result is d_hiddens (R, D)."""
+    """Fill what is given of the gradients; the result is d_hiddens (R, D).
+
+    Args:
+        x: rows of the hiddens, with which ``d_weights`` and ``d_biases`` are filled, or None.
+    """
     batch, experts, slots, width = states.shape
     rows = batch * slots
-    d, through = d_products.new_empty((2, rows, width)), d_products.new_empty((rows, 2 * width))
-    d_hiddens = d_products.new_zeros((rows if need_hiddens else 0, width))
+    # One expert at a time: what its gates send back is in the cache when the products read it.
+    d, through = states.new_empty((2, rows, width), dtype=dtype), states.new_empty((rows, 2 * width), dtype=dtype)
+    d_products = d.transpose(0, 1).unsqueeze(1)
+    d_hiddens = d.new_zeros((rows if need_hiddens else 0, width))
     # The columns of the weights that are asked for: those of the states, of the hiddens, or both.
     columns = slice(0 if d_states is not None else width, 2 * width if need_hiddens else width)
     onto = through[:, columns]
     both = None if x is None else _beside(torch.empty_like(through), x)
     exact = [w if w.dtype == d.dtype else w.new_empty(w.shape, dtype=d.dtype) for w in d_weights]
+    own = own_product(d, rows)
     for expert in range(experts):
-        d.copy_(d_products[:, expert].transpose(0, 1))
+        torch.ops.memkern.expert_mix_backward(
+            d_products,
+            d_probs,
+            *(d_biases if x is not None else (None, None)),
+            grad, states, probs, gates, updates, mask, expert,
+        )  # fmt: skip
         if d_states is not None or need_hiddens:
-            torch.mm(d[0], weights[0][expert][:, columns], out=onto)
-            torch.addmm(onto, d[1], weights[1][expert][:, columns], out=onto)
+            multiply(onto, d[0], weights[0][expert][:, columns], own)
+            multiply(onto, d[1], weights[1][expert][:, columns], own, add=True)
             if d_states is not None:
-                own = through[:, :width].contiguous()
-                torch.ops.memkern.expert_mix_states(d_states, grad, probs, gates, own, mask, expert)
+                to_states = through[:, :width].contiguous()
+                torch.ops.memkern.expert_mix_states(d_states, grad, probs, gates, to_states, mask, expert)
             if need_hiddens:
                 d_hiddens += through[:, width:]
         if both is not None:
@@ -190,7 +219,7 @@ def _backward_by_blas(
             if mask is not None:
                 into.masked_fill_(~mask[:, None, None], 0.0)
             for half, d_weight in enumerate(exact):
-                torch.mm(d[half].t(), both, out=d_weight[expert])
+                multiply(d_weight[expert], d[half].t(), both, own)
     if both is not None:
         for d_weight, precise in zip(d_weights, exact, strict=True):
             if d_weight is not precise:
@@ -220,7 +249,7 @@ def update_experts_bwd(
     d_states = states.new_empty(states.shape if need_states else (0,))
     d_probs = probs.new_empty(probs.shape if need_probs else (0,), dtype=f)
     d_biases = [w.new_empty((experts, width) if need_params else (0,), dtype=f) for w in (gate_weight, update_weight)]
-    d_weights = [w.new_empty(w.shape if need_params else (0,)) for w in (gate_weight, update_weight)]
+    d_weights = [_empty(w, w.shape if need_params else (0,)) for w in (gate_weight, update_weight)]
     if states.numel() == 0:
         for made in (d_probs, *d_biases, *d_weights):
             made.zero_()
@@ -232,32 +261,33 @@ def update_experts_bwd(
     grad, states = _row(grad), _row(states)
     p, mask = probs.to(f).contiguous(), None if row_mask is None else row_mask.contiguous()
     rows = batch * slots
+    onednn = by_onednn(torch.empty(0, dtype=dtype), rows)
+    if not onednn and dtype != torch.bfloat16:
+        found = _backward_by_blas(
+            dtype,
+            grad,
+            states,
+            _hiddens_rows(hiddens, dtype, row_mask) if need_params else None,
+            p,
+            gates,
+            updates,
+            mask,
+            [w.to(dtype).contiguous() for w in (gate_weight, update_weight)],
+            d_states if need_states else None,
+            d_probs if need_probs else None,
+            d_weights,
+            d_biases,
+            need_hiddens,
+        )
+        d_hiddens = found.view(hiddens.shape).to(hiddens.dtype) if need_hiddens else hiddens.new_empty((0,))
+        return d_states, d_hiddens, d_probs, d_weights[0], d_biases[0], d_weights[1], d_biases[1]
     d_products = states.new_empty((rows, experts, 2, width), dtype=dtype)
     torch.ops.memkern.expert_mix_backward(
         d_products,
         d_probs if need_probs else None,
         *(d_biases if need_params else (None, None)),
-        grad, states, p, gates, updates, mask,
+        grad, states, p, gates, updates, mask, 0,
     )  # fmt: skip
-    onednn = by_onednn(d_products, rows)
-    if not onednn and dtype != torch.bfloat16:
-        x = _hiddens_rows(hiddens, dtype, row_mask) if need_params else None
-        weights = [w.to(dtype).contiguous() for w in (gate_weight, update_weight)]
-        found = _backward_by_blas(
-            d_products,
-            grad,
-            states,
-            x,
-            p,
-            gates,
-            mask,
-            weights,
-            d_states if need_states else None,
-            d_weights,
-            need_hiddens,
-        )
-        d_hiddens = found.view(hiddens.shape).to(hiddens.dtype) if need_hiddens else hiddens.new_empty((0,))
-        return d_states, d_hiddens, d_probs, d_weights[0], d_biases[0], d_weights[1], d_biases[1]
 
     def through(d: Tensor, weight: Tensor) -> Tensor:
         """(n, k) @ (k, m) with a contiguous ``weight``."""

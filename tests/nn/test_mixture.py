@@ -244,6 +244,8 @@ class TestUpdater:
         other = ExpertUpdater(D, 4)
         other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
         assert packed(other)
+        other.load_state_dict({name: x.clone() for name, x in updater.state_dict().items()}, assign=True)
+        assert packed(other)
         old, written, probs = states(4), torch.randn(B, S, D), torch.softmax(torch.randn(B, 4), -1)
         expected = updater(old, written, probs)
         for layer in other.gate_networks:  # torn apart, the weights are stacked as they are

@@ -12,7 +12,7 @@ import torch
 
 import memkern
 from memkern.ops import aggregate_experts, gather_slots, scatter_slots, update_experts
-from memkern.ops._cpu_gemm import onednn_from_rows
+from memkern.ops._cpu_gemm import from_rows
 
 pytestmark = pytest.mark.usefixtures("declared")
 
@@ -156,7 +156,7 @@ def test_saved_memory() -> None:
         assert sum(kept) == expected
 
 
-@pytest.mark.parametrize("library", ["onednn", "blas"])
+@pytest.mark.parametrize("library", ["onednn", "own", "blas"])
 def test_either_library_on_the_cpu(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the table would choose elsewhere is right here too, with several blocks of rows."""
     if memkern.backends._absent("cpp", "cpu") or not torch.backends.mkldnn.is_available():
@@ -166,6 +166,7 @@ def test_either_library_on_the_cpu(library: str, monkeypatch: pytest.MonkeyPatch
     from memkern.testing.compare import assert_matches
 
     monkeypatch.setattr(_cpu_gemm, "_rows_here", lambda: 1 if library == "onednn" else None)
+    monkeypatch.setattr(_cpu_gemm, "_own_here", lambda: 1 if library == "own" else None)
     monkeypatch.setattr(_expert_update_cpu, "BLOCK_ELEMENTS", 2 * 3 * 21)
     names = ("states", "hiddens", "probs", "gate_weight", "gate_bias", "update_weight", "update_bias")
     made = (
@@ -188,9 +189,11 @@ def test_either_library_on_the_cpu(library: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_table_of_cpu_models() -> None:
-    assert onednn_from_rows(("AuthenticAMD", 26, 2)) == 64
-    assert onednn_from_rows(("GenuineIntel", 6, 143)) is None
-    assert onednn_from_rows(("", 0, 0)) is None
+    assert from_rows("onednn", ("AuthenticAMD", 26, 2)) == 64
+    assert from_rows("own", ("AuthenticAMD", 25, 17)) == 16
+    for library in ("onednn", "own"):
+        assert from_rows(library, ("GenuineIntel", 6, 143)) is None
+        assert from_rows(library, ("", 0, 0)) is None
 
 
 M, H, P, W, V = (
