@@ -1,36 +1,12 @@
-"""The suite can fail: each small, plausible mistake planted in a copy of the sources turns it red.
-
-A mutation names a file, a text that occurs in it exactly once, what to put there, and the backend and tests that have
-to notice. Sources move; a text that is gone fails here too, so the list stays honest.
-"""
+"""The suite can fail: each small, plausible mistake planted in a copy of the sources turns it red."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.util import cache_from_source
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Mutation:
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
-    backend: str = "reference"
-
+from memkern.testing.mutation import Mutation, Suite
 
 ROUTING = "tests/ops/test_routing.py"
 EXPERTS = "tests/ops/test_expert_update.py"
@@ -286,60 +262,13 @@ MUTATIONS = [
 ]
 
 
-class Suite:
-    """A copy of the sources, and a process that runs its tests."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        ignore = shutil.ignore_patterns("__pycache__", "results")
-        for folder in ("memkern", "triton_kernels", "benchmarks", "tests"):
-            shutil.copytree(ROOT / folder, root / folder, symlinks=True, ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", root)
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("forked.py")],
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, tests: str, backend: str) -> tuple[int, str]:
-        """pytest's exit code and what it said."""
-        arguments = ["-x", "-q", "-p", "no:cacheprovider", "--backend", backend, tests]
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps(arguments), file=self.process.stdin, flush=True)
-        code, said = json.loads(self.process.stdout.readline())
-        return code, said
-
-    def write(self, file: str, text: str) -> None:
-        """Two texts of one length within one second look the same to Python's cache of compiled modules."""
-        path = self.root / file
-        path.write_text(text)
-        Path(cache_from_source(str(path))).unlink(missing_ok=True)
-
-
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
     suite = Suite(tmp_path_factory.mktemp("sources"))
-    with suite.process:
-        yield suite
-        assert suite.process.stdin is not None
-        suite.process.stdin.close()
+    yield suite
+    suite.close()
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_the_suite_notices(mutation: Mutation, suite: Suite) -> None:
-    original = (suite.root / mutation.file).read_text()
-    assert original.count(mutation.old) == 1, f"{mutation.old!r} stands {original.count(mutation.old)} times"
-    suite.write(mutation.file, original.replace(mutation.old, mutation.new))
-    try:
-        code, said = suite.run(mutation.tests, mutation.backend)
-    finally:
-        suite.write(mutation.file, original)
-    assert code == 1, f"not noticed:\n{said}"
-    noticed = re.search(r"^FAILED (\S+)", said, re.MULTILINE)
-    assert noticed, said
-    code, said = suite.run(noticed[1], mutation.backend)
-    assert code == 0, f"not only the mutation fails:\n{said}"
+    suite.check(mutation)
