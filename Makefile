@@ -15,7 +15,9 @@ PIP := $(IN_VENV) -m pip --disable-pip-version-check
 demo: build
 	$(IN_VENV) -m memkern demo $(ARGS)
 
-test: build
+# mypy keeps one core busy, the compiler the other.
+test: env
+	@$(MAKE) --no-print-directory -j2 build lint
 	bash scripts/test.sh $(IN_VENV) $(ARGS)
 
 bench: build

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# The checks and the suite: test.sh PYTHON [pytest arguments]. As many workers as there are cores, where xdist is there.
+# The suite: test.sh PYTHON [pytest arguments]. As many workers as there are cores, where xdist is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:?usage: test.sh PYTHON [pytest arguments]}
 shift
-bash scripts/lint.sh "$python"
 workers=()
 if "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('xdist') is None)"; then
   workers=(-n auto --dist worksteal)
