@@ -84,6 +84,8 @@ def promise_cells(promise: Promise) -> list[str]:
     return [promise.op, where, target.mode, target.over, f">= {number(target.at_least)}", measured, verdict]
 
 
+OURS = ("cpp", "triton", "cuda", "reference")
+
 PROMISE_HEADER = ["op", "case", "mode", "against", "target", "measured", "verdict"]
 
 
@@ -107,7 +109,7 @@ def overheads(seconds: Mapping[str, float]) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw each operator's speed over plain PyTorch, a group of bars per case.
+    """Draw each provider's speed over plain PyTorch: a line of dots per case, a panel per operator.
 
     Raises:
         ImportError: matplotlib is missing; the message names the extra.
@@ -120,21 +122,39 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     shown = [(row, ratio) for row, ratio in ratios(results.rows) if ratio is not None]
-    cases = list(dict.fromkeys(_case(row) for row, _ in shown))
-    providers = list(dict.fromkeys(row.provider for row, _ in shown))
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.22 * len(cases) * max(1, len(providers))), layout="constrained")
-    height = 0.8 / max(1, len(providers))
-    for i, provider in enumerate(providers):
-        found = {_case(row): ratio for row, ratio in shown if row.provider == provider}
-        places = [j + (i - (len(providers) - 1) / 2) * height for j, case in enumerate(cases) if case in found]
-        bars = axes.barh(places, list(found.values()), height, label=provider)
-        axes.bar_label(bars, fmt="%.2gx", padding=2, fontsize=7)
-    axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
-    axes.set(yticks=range(len(cases)), yticklabels=cases, xscale="log", xlabel="times as fast as plain PyTorch")
-    axes.invert_yaxis()
-    axes.tick_params(labelsize=8)
-    axes.set_title(machine.line(results.machine).split(", memkern")[0], fontsize=8)
-    axes.legend(fontsize=8)
+    providers = list(dict.fromkeys(row.provider for row, _ in shown if row.provider != "eager"))
+    colours = dict(zip(providers, pyplot.rcParams["axes.prop_cycle"].by_key()["color"] * 2, strict=False))
+    panels: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    for row, ratio in shown:
+        found = panels.setdefault(row.op, {}).setdefault(_case(row).removeprefix(row.op + " "), [])
+        found.append((row.provider, ratio))
+    heights = [len(cases) + 1 for cases in panels.values()] or [1]
+    figure, grid = pyplot.subplots(
+        len(heights),
+        figsize=(9, 1.2 + 0.21 * sum(heights)),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (op, cases) in zip(grid[:, 0], panels.items(), strict=False):
+        for place, found in enumerate(cases.values()):
+            for provider, ratio in found:
+                if provider != "eager":
+                    style = {"s": 44, "zorder": 3} if provider in OURS else {"s": 26, "marker": "D", "alpha": 0.8}
+                    axes.scatter(ratio, place, color=colours[provider], **style)
+        axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+        axes.set(yticks=range(len(cases)), yticklabels=cases, xscale="log", ylim=(len(cases) - 0.5, -0.5))
+        axes.set_title(op, fontsize=9, loc="left", pad=2)
+        axes.tick_params(labelsize=7)
+        axes.grid(axis="both", alpha=0.3)
+    last = grid[-1, 0]
+    last.set_xlabel("times as fast as plain PyTorch", fontsize=8)
+    last.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    figure.suptitle(machine.line(results.machine).split(", memkern")[0], fontsize=8)
+    for provider in providers:
+        last.scatter([], [], color=colours[provider], marker="o" if provider in OURS else "D", label=provider)
+    figure.legend(*last.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
