@@ -192,6 +192,8 @@ def retrieved_attention(
         _checks.mask("mask", mask, (batch, heads, count, pairs), queries, "queries")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
         _checks.fail_type("scale", "a float or None", scale)
+    if scale is not None and not math.isfinite(scale):
+        _checks.fail("scale", "a finite number", scale)
     if _checks.values_enabled():
         included = mask[..., None] if mask is not None and indices is None else None
         for name, value, part in (("queries", queries, None), ("keys", keys, included), ("values", values, included)):

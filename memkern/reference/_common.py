@@ -15,6 +15,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast off on the tensor's device, so that a float32 product stays one."""
-    if torch.is_autocast_enabled(tensor.device.type):
+    # Meta tensors, which no autocast knows, make torch raise where it asks.
+    if not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()

@@ -126,10 +126,10 @@ def sharpen(weights: Tensor, gamma: float | Tensor) -> Tensor:
     # Below the normal numbers 1 / w overflows; such a weight counts as zero.
     positive = w >= torch.finfo(w.dtype).tiny
     logs = torch.log(torch.where(positive, w, 1.0))
-    # Shifted by a constant, the sum that is gamma's gradient cancels less.
-    logits = exponent * (
-        logs - torch.where(positive, logs, -math.inf).amax(-1, keepdim=True).detach().nan_to_num(neginf=0.0)
-    )
+    if w.shape[-1]:
+        # Shifted by a constant, the sum that is gamma's gradient cancels less.
+        logs = logs - torch.where(positive, logs, -math.inf).amax(-1, keepdim=True).detach().nan_to_num(neginf=0.0)
+    logits = exponent * logs
     present = positive.any(-1, keepdim=True)
     logits = torch.where(positive, logits, torch.where(present, -math.inf, 0.0))
     sharpened = torch.where(present, torch.softmax(logits, -1), 0.0)

@@ -162,6 +162,19 @@ def test_masked_rows_keep_their_state_bit_for_bit(backend: Any) -> None:
         assert not field.grad[1].any()
 
 
+def test_a_mask_of_rows_holds_for_every_step_of_a_scan(backend: Any) -> None:
+    skip_undeclared(backend, "memory_scan")
+    made = inputs(SHAPES["plain"], 2, device=backend.device)
+    rows = torch.tensor([True, False, True], device=backend.device)
+    reads, state = memory_scan(**made, step_mask=rows, backend=backend.name)
+    expected, after = memory_scan(**made, step_mask=rows[:, None].repeat(1, 2), backend=backend.name)
+    assert torch.equal(reads, expected)
+    for now, then in zip(state, after, strict=True):
+        assert torch.equal(now, then)
+    with pytest.raises(ValueError, match="step_mask: expected shape \\(3\\)"):
+        memory_scan(**made, step_mask=rows[:2], backend=backend.name)
+
+
 def test_masked_rows_pass_the_gradient_of_the_state(backend: Any) -> None:
     skip_undeclared(backend, "memory_scan")
     made = inputs(SHAPES["plain"], 2, device=backend.device)

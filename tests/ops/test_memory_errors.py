@@ -149,11 +149,21 @@ refused("interface.write_gates: expected values in [0, 1]", put("interface", "wr
 refused("interface.read_modes: expected", put("interface", "read_modes", (2, 1), 0.9))
 refused("interface.read_keys: expected no NaN, got nan at index (1, 0, 3)",
         put("interface", "read_keys", (1, 0, 3), float("nan")))
-refused("sharpness: expected values > 0", lambda made: None, sharpness=torch.zeros(2))
+refused("sharpness: expected values > 0, got 0.0 at index (1,)", lambda made: None, sharpness=torch.tensor([1.0, 0.0]))
 made = registry.spec("memory_step").case("tiny").arguments(grad=False)
 made["interface"].read_keys[1] = float("nan")
 ops.memory_step(**made, step_mask=torch.tensor([True, False, True]))
 """
+
+
+def test_meta_tensors_give_meta_results() -> None:
+    """By the reference, whose products ask for the autocast of a device that has none."""
+    made = registry.spec("memory_step").case("tiny").arguments(grad=False)
+    on_meta = {name: type(fields)(*(field.to("meta") for field in fields)) for name, fields in made.items()}
+    expected, _ = ops.memory_step(**made)
+    reads, state = ops.memory_step(**on_meta)
+    assert (reads.shape, reads.device.type) == (expected.shape, "meta")
+    assert all(field.is_meta for field in state)
 
 
 def test_values_are_checked_on_request() -> None:

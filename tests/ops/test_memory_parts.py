@@ -169,6 +169,19 @@ def test_sharpen_takes_any_rank_and_a_broadcast_exponent(backend: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("sizes", [(0, 3), (2, 0)], ids=["no batch", "no slot"])
+@pytest.mark.parametrize("name", ["sharpen", "allocation_weights"])
+def test_nothing_to_weigh_gives_zero_gradients(backend: Any, name: str, sizes: tuple[int, int]) -> None:
+    skip_undeclared(backend, name)
+    weights = torch.empty(sizes, device=backend.device, requires_grad=True)
+    rest = (torch.empty(sizes[0], device=backend.device, requires_grad=True),) if name == "sharpen" else ()
+    result = getattr(ops, name)(weights, *rest, backend=backend.name)
+    assert result.shape == sizes
+    for leaf, grad in zip((weights, *rest), torch.autograd.grad(result.sum(), (weights, *rest)), strict=True):
+        assert grad.shape == leaf.shape
+        assert not grad.any()
+
+
 def test_factors_below_zero_are_zero(backend: Any) -> None:
     """Write weights that rounding pushes past a sum of one must not make links or precedence negative."""
     skip_undeclared(backend, "update_links")

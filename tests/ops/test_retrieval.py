@@ -337,6 +337,7 @@ def span_call(x: Any, document: Any) -> Any:
         (lambda q, k, i: bank_call(q, k, i.int()), ValueError, "indices: expected an int64"),
         (lambda q, k, i: retrieved_attention(q, k, k, indices=i), ValueError, r"keys: expected shape \(1, 2, M, 4\)"),
         (lambda q, k, i: retrieved_attention(q, k, k, scale="big"), TypeError, "scale: expected a float or None"),
+        (lambda q, k, i: retrieved_attention(q, k, k, scale=math.nan), ValueError, "scale: expected a finite number"),
         (lambda q, k, i: fuse_sources([None, None], q[0]), ValueError, "sources: expected at least one"),
         (lambda q, k, i: fuse_sources(q[0], q[0]), TypeError, "sources: expected a sequence"),
         (lambda q, k, i: fuse_sources([q[0], q[0, :, :2]], q[0]), ValueError, r"sources\[1\]: expected shape"),

@@ -114,10 +114,13 @@ def check_interface(
     return tuple(interface.read_keys.shape[:2] if scan else interface.read_keys.shape[:1])
 
 
-def check_step_mask(step_mask: Any, lead: tuple[int, ...], like: Tensor) -> None:
-    """``step_mask`` is None or bool of the interface's leading sizes."""
-    if step_mask is not None:
-        _checks.mask("step_mask", step_mask, lead, like, "state.memory")
+def check_step_mask(step_mask: Any, lead: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """``step_mask`` is None or bool of the interface's leading sizes; (B,) for a scan holds for each of its steps."""
+    if step_mask is None:
+        return None
+    if len(lead) == 2 and isinstance(step_mask, Tensor) and step_mask.dim() == 1:
+        return _checks.mask("step_mask", step_mask, lead[:1], like, "state.memory")[:, None].expand(lead)
+    return _checks.mask("step_mask", step_mask, lead, like, "state.memory")
 
 
 def check_sharpness(sharpness: Any, lead: tuple[int, ...], read_heads: int, like: Tensor) -> float | Tensor | None:

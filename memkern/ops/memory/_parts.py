@@ -86,6 +86,9 @@ def run(name: str, backend: str, *inputs: Tensor | None, option: bool = False) -
     """The part's results in float32 (float64 for float64), differentiable in every floating input."""
     dtype = compute_dtype(*inputs)
     cast = [x.to(dtype) if x is not None and x.is_floating_point() else x for x in inputs]
+    if any(x is not None and x.numel() == 0 for x in cast):
+        # No batch, slot or head: nothing to launch, and the reference connects the empty result to its inputs.
+        return PARTS[name].reference(*cast, *((option,) if PARTS[name].has_option else ()))
     if gradient_needed(*cast):
         return _Part.apply(name, backend, option, *cast)
     return PARTS[name].forward[backend](*cast)

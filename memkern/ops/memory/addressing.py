@@ -96,13 +96,12 @@ def sharpen(weights: Tensor, gamma: float | Tensor, *, backend: str | None = Non
     if chosen == "reference" or needs_reference():
         return reference.sharpen(weights, exponent)
     dtype = compute_dtype(weights)
-    rows = weights.reshape(-1, weights.shape[-1]) if weights.numel() else weights.new_empty((0, weights.shape[-1]))
+    count = math.prod(weights.shape[:-1])
+    rows = weights.reshape(count, weights.shape[-1])
     if isinstance(exponent, Tensor):
         each = exponent.to(dtype).expand(weights.shape[:-1]).reshape(-1)
     else:
-        each = torch.full((math.prod(weights.shape[:-1]),), exponent, dtype=dtype, device=weights.device)
-    if weights.numel() == 0:
-        each = each[:0]
+        each = torch.full((count,), exponent, dtype=dtype, device=weights.device)
     return run("sharpen", chosen, rows, each).reshape(weights.shape).to(weights.dtype)
 
 

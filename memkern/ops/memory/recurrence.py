@@ -187,13 +187,13 @@ def _recur(
         lead = _arguments.check_interface(interface, sizes, state.memory, scan=scan)
     else:
         lead, sizes = fine
-    _arguments.check_step_mask(step_mask, lead, state.memory)
+    step_mask = _arguments.check_step_mask(step_mask, lead, state.memory)
     exponent = _arguments.check_sharpness(sharpness, lead, sizes[3], state.memory)
     for name, flag in zip(("track_usage", "track_links", "deallocate", "detach_usage"), flags, strict=True):
         if not isinstance(flag, bool):
             _checks.fail_type(name, "a bool", flag)
     if _checks.values_enabled():
-        _arguments.check_values(state, interface, exponent, step_mask)
+        _arguments.check_values(state, interface, sharpness, step_mask)
     tensor = exponent if isinstance(exponent, Tensor) else None
     if fine is None:
         chosen = backends.select(op, backend, *state, *interface, tensor)
@@ -293,7 +293,7 @@ def memory_scan(
         state: the state before the first step.
         interface: fields with an axis T after B, such as ``read_keys`` (B, T, R, W).
         sharpness: as for a step; a tensor (R,) or (B, R) belongs to every step, (B, T, R) to one each.
-        step_mask: (B, T) bool: the steps that a row takes.
+        step_mask: (B, T) bool: the steps that a row takes; (B,) for all of its steps.
         track_usage, track_links, deallocate, detach_usage: as for a step.
         checkpoint_every: steps between snapshots, >= 1; about sqrt(T) by default.
         backend: see :mod:`memkern.backends`.
