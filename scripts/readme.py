@@ -121,6 +121,45 @@ def text() -> str:
     )
 
 
+def step() -> str:
+    """A training step of GMM-XLNet: its memory part against plain modules, and the whole against XLNet."""
+    from memkern.benchmarks.machine import line
+    from memkern.benchmarks.report import markdown
+
+    parts = []
+    for path in sorted(RESULTS.glob("*/gmm_step.json")):
+        content = read(path)
+        memory, whole = [], []
+        for row in content["results"]:
+            if row["part"] == "step":
+                whole.append([row["model"], f"{row['seconds']:.1f} s", f"{row['ratio_to_base']:.3f}"])
+                continue
+            plain, ours, limit = row["seconds"]["plain"], row["seconds"]["memkern"], row["limit"]
+            times = [f"{1e3 * plain:.0f} ms", f"{1e3 * ours:.0f} ms"]
+            shares = (
+                ["-"] * 3 if limit is None else [f"{plain / limit:.2f}x", f"{limit / plain:.2f}", f"{limit / ours:.2f}"]
+            )
+            memory.append([str(row["experts"]), *times, f"{row['speedup']:.2f}x", *shares])
+        sizes = content["settings"]
+        what = f"batch {sizes['batch']}, {sizes['slots']} slots, width {sizes['width']}, float32, forward and backward"
+        parts.append(f"{what}; {line(content['machine'])}; process CPU time, one thread.")
+        if memory:
+            head = [
+                "experts",
+                "plain modules",
+                "memkern",
+                "speedup",
+                "at most",
+                "plain: share of FMA peak",
+                "memkern: share",
+            ]
+            parts.append(markdown(head, memory))
+        if whole:
+            head = [f"whole step, {sizes['layers']} layers, {sizes['length']} tokens", "time", "of XLNet's"]
+            parts.append(markdown(head, whole))
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
 def store() -> str:
     """Times and sizes of a store with a million chunks."""
     from memkern.benchmarks.machine import line
@@ -166,6 +205,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "recall": recall,
     "gate": gate,
     "text": text,
+    "step": step,
     "store": store,
     "exactness": exactness,
 }

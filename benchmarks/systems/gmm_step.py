@@ -3,9 +3,10 @@
 The memory part is what the model does beside the encoder and the head: read the experts, route what was written, update
 them, read them again; forward and backward, to every parameter, state and written slot. The plain modules do the same
 with one Linear per expert and gate, as they are written by hand. Process CPU time at one thread, the contestants taking
-turns.
+turns. Beside the times of the memory part stands what the products alone would take at the peak of the FMA units.
 
-Run as ``python -m memkern.benchmarks.systems.gmm_step [--part memory|step|both] [--json FILE]``.
+Run as ``python -m memkern.benchmarks.systems.gmm_step [--part memory|step|both] [--json FILE]``. A file of the same
+settings keeps its results of the part that is not run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from memkern.benchmarks import machine
+from memkern.benchmarks import limits, machine
 from memkern.benchmarks.timing import cpu_times
 
 WIDTH, SLOTS = 768, 16
@@ -116,6 +117,14 @@ def memory_part(experts: int, batch: int, seconds: float) -> dict[str, float]:
     return {name: times.least for name, times in cpu_times(calls, seconds=seconds).items()}
 
 
+def least_possible(experts: int, batch: int) -> float | None:
+    """CPU seconds of the memory part's products at the measured peak: two weights (D, 2D) an expert, forward and both
+    gradients; None without the loop that measures it."""
+    peak = limits.measure("cpu").get("peak")
+    flops = 3 * 2 * 2 * (batch * SLOTS) * WIDTH * (2 * WIDTH) * experts
+    return None if peak is None else flops / peak
+
+
 def whole_step(experts: list[int], batch: int, length: int, layers: int, rounds: int) -> dict[str, float]:
     """Least CPU seconds of a training step (forward and backward) of XLNet and of GMM-XLNet, ``length`` tokens each.
 
@@ -181,13 +190,15 @@ def main(
     typer.echo(f"width {WIDTH}, {SLOTS} slots, batch {batch}; process CPU time, 1 thread, forward and backward")
     rows: list[dict[str, Any]] = []
     if part in ("memory", "both"):
-        typer.echo("memory part                    plain      memkern    speedup")
+        typer.echo("memory part                    plain      memkern    speedup   products at peak")
         for count in counts:
             found = memory_part(count, batch, seconds)
             ratio = found["plain"] / found["memkern"]
-            rows.append({"part": "memory", "experts": count, "seconds": found, "speedup": ratio})
+            limit = least_possible(count, batch)
+            rows.append({"part": "memory", "experts": count, "seconds": found, "speedup": ratio, "limit": limit})
             times = f"{1e3 * found['plain']:8.1f} ms{1e3 * found['memkern']:9.1f} ms"
-            typer.echo(f"  {count:2d} experts               {times}  {ratio:6.2f}x")
+            at_peak = "-" if limit is None else f"{1e3 * limit:.1f} ms"
+            typer.echo(f"  {count:2d} experts               {times}  {ratio:6.2f}x   {at_peak:>10s}")
     if part in ("step", "both"):
         least = whole_step(counts, batch, length, layers, rounds)
         typer.echo(f"whole step, {layers} layers, {length} tokens      time      share")
@@ -197,6 +208,11 @@ def main(
             typer.echo(f"  {name:27s}{value:9.2f} s  {ratio:8.3f}x")
     if json_file is not None:
         settings = {"batch": batch, "length": length, "layers": layers, "width": WIDTH, "slots": SLOTS, "threads": 1}
+        if json_file.exists():
+            old = json.loads(json_file.read_text())
+            ran = {row["part"] for row in rows}
+            kept = [row for row in old["results"] if row["part"] not in ran and old["settings"] == settings]
+            rows = sorted([*kept, *rows], key=lambda row: str(row["part"]))
         content = {"schema": 1, "machine": facts, "settings": settings, "results": rows}
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(content, indent=1) + "\n")

@@ -34,7 +34,7 @@ def expert_index(index: int, count: int) -> None:
 
 def expert_list(states: Any, count: int, context: str) -> None:
     """``states`` is a list of ``count`` tensors."""
-    if not isinstance(states, list | tuple):
+    if not isinstance(states, list):
         raise ValueError(f"expert_states must be a list, got {type(states).__name__}")
     if len(states) != count:
         raise ValueError(f"expert_states must contain {count} experts, got {len(states)} ({context})")

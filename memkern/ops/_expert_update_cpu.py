@@ -92,7 +92,7 @@ def update_experts_fwd(
     weights = tuple(w.to(dtype).contiguous() for w in (gate_weight, update_weight))
     rows = min(step, batch) * slots
     if not onednn and dtype != torch.bfloat16:
-        own = own_product(x, batch * slots)
+        ours = own_product(x, batch * slots)
         beside, products = x.new_empty((rows, 2 * width)), x.new_empty((2, rows, width))
         for first in range(0, batch, step):
             last = min(batch, first + step)
@@ -101,7 +101,7 @@ def update_experts_fwd(
             for expert in range(experts):
                 part.view(last - first, slots, 2 * width)[..., :width].copy_(states[first:last, expert])
                 for product, weight in zip(sums, weights, strict=True):
-                    multiply(product, part, weight[expert].t(), own)
+                    multiply(product, part, weight[expert].t(), ours)
                 torch.ops.memkern.expert_mix_forward(
                     out, *sums.unsqueeze(2), None, None, states, p, *biases, mask, *saved, first, expert
                 )

@@ -227,6 +227,9 @@ def test_the_earlier_gmm_layout(base: Any, segment: Any, tmp_path: Path) -> None
         assert MemXLNetForQA.from_pretrained(tmp_path, mem_token_count=2).memory_type == "token"
     with pytest.warns(UserWarning, match="converted"):
         assert GMMXLNetForQA.from_pretrained(tmp_path, num_experts=2).num_experts == 2
+    (tmp_path / "gmm_config.json").write_text(json.dumps(config | {"num_experts": 3}))
+    with pytest.raises(ValueError, match="gmm_state.pt: expected 3 experts, as gmm_config.json says, got"):
+        GMMXLNetForQA.from_pretrained(tmp_path)
     (tmp_path / "gmm_config.json").write_text(json.dumps(config | {"use_gmm_memory": False}))
     assert GMMXLNetForQA.from_pretrained(tmp_path, num_experts=3).memory_type == "gmm"
     (tmp_path / "gmm_config.json").write_text(json.dumps(config | {"memory_type": "token"}))

@@ -206,6 +206,7 @@ class TestUpdater:
         old, written, probs = states(2), torch.randn(B, S, D), torch.full((B, 2), 0.5)
         for arguments, text in (
             ((torch.stack(old), written, probs), "expert_states must be a list"),
+            ((tuple(old), written, probs), "expert_states must be a list, got tuple"),
             ((old[:1], written, probs), "expert_states must contain 2 experts"),
             ((old, written[0], probs), "write_hiddens must be 3D"),
             ((old, torch.zeros(B, S, D + 1), probs), f"write_hiddens hidden_dim must be {D}"),

@@ -127,7 +127,11 @@ def _gmm(folder: Path) -> Earlier:
         return Earlier("standard", {}, {})
     fields.pop("mem_token_count", None)  # the earlier one could differ from the slots, and then never ran
     fields["max_experts"] = max(8, fields.get("num_experts", 4))
-    return Earlier("gmm", fields, _flat(_weights(folder / "gmm_state.pt")))
+    weights = _flat(_weights(folder / "gmm_state.pt"))
+    held, said = sum(name.startswith("memory_mixture._expert_params.") for name in weights), fields.get("num_experts", 4)
+    if weights and held != said:
+        raise ValueError(f"{folder / 'gmm_state.pt'}: expected {said} experts, as gmm_config.json says, got {held}")
+    return Earlier("gmm", fields, weights)
 
 
 def _token(folder: Path) -> Earlier:
