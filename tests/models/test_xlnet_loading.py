@@ -228,7 +228,7 @@ def test_the_earlier_gmm_layout(base: Any, segment: Any, tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="converted"):
         assert GMMXLNetForQA.from_pretrained(tmp_path, num_experts=2).num_experts == 2
     (tmp_path / "gmm_config.json").write_text(json.dumps(config | {"num_experts": 3}))
-    with pytest.raises(ValueError, match="gmm_state.pt: expected 3 experts, as gmm_config.json says, got"):
+    with pytest.raises(ValueError, match=r"expected 3 experts.*got 4"):
         GMMXLNetForQA.from_pretrained(tmp_path)
     (tmp_path / "gmm_config.json").write_text(json.dumps(config | {"use_gmm_memory": False}))
     assert GMMXLNetForQA.from_pretrained(tmp_path, num_experts=3).memory_type == "gmm"

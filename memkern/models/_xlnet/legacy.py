@@ -126,9 +126,10 @@ def _gmm(folder: Path) -> Earlier:
     if not fields.get("use_gmm_memory", True):
         return Earlier("standard", {}, {})
     fields.pop("mem_token_count", None)  # the earlier one could differ from the slots, and then never ran
-    fields["max_experts"] = max(8, fields.get("num_experts", 4))
+    said = fields.get("num_experts", 4)
+    fields["max_experts"] = max(8, said)
     weights = _flat(_weights(folder / "gmm_state.pt"))
-    held, said = sum(name.startswith("memory_mixture._expert_params.") for name in weights), fields.get("num_experts", 4)
+    held = sum(name.startswith("memory_mixture._expert_params.") for name in weights)
     if weights and held != said:
         raise ValueError(f"{folder / 'gmm_state.pt'}: expected {said} experts, as gmm_config.json says, got {held}")
     return Earlier("gmm", fields, weights)
