@@ -1,8 +1,7 @@
 """FAISS behind a store: approximate search at a scale where the exact one is too slow, and exchange of indexes.
 
 The index is a cache of the store's rows, keyed by slot, brought up to date at the next search after a change: appended
-rows are added; anything else, or twice as many rows as it was made for, rebuilds it. Rows that must not be found
-(holes, a filter) are excluded by a selector.
+rows are added; anything else, or twice as many rows as it was made for, rebuilds it. A filter becomes a selector.
 """
 
 from __future__ import annotations
@@ -49,10 +48,15 @@ class FaissIndex:
             self._faiss.index_factory(width, factory_string(name, 39), self._faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
             raise ValueError(f"index: FAISS does not understand {name!r}") from error
+        self._settings = name, width, retrieval_method
         self._lock = threading.Lock()
         self._rewrites = -1
         self._made_for = 0
         self._index: Any = None
+
+    def __reduce__(self) -> tuple[type[FaissIndex], tuple[str, int, str]]:
+        """A copy is made anew at its first search, as any index whose store has changed."""
+        return FaissIndex, self._settings
 
     def search(
         self, ring: Ring, rewrites: int, queries: Tensor, top_k: int, allowed: Tensor | None
@@ -74,13 +78,24 @@ class FaissIndex:
         if allowed is not None:
             slots = allowed.nonzero().squeeze(1).cpu().numpy().astype(np.int64)
             parameters = search_parameters(index.index, slots)
-        scores, slots = index.search(self._prepare(queries), count, params=parameters)
+        try:
+            scores, slots = index.search(self._prepare(queries), count, params=parameters)
+        except RuntimeError:
+            if parameters is None:
+                raise
+            # Some indexes take no selector, such as product quantisation: no row is found.
+            return torch.full((len(queries), count), -torch.inf), torch.full((len(queries), count), -1)
         return torch.from_numpy(scores), torch.from_numpy(slots)
 
     def _build(self, ring: Ring) -> None:
         slots = np.fromiter(ring.rows(), dtype=np.int64, count=ring.size)
         rows = self._prepare(ring.embeddings[torch.from_numpy(slots)])
-        self._index = self._faiss.IndexIDMap2(trained(self._name, rows))
+        try:
+            index = trained(self._name, rows)
+        except RuntimeError:
+            # Fewer rows than the index needs to be trained: a flat one until the store has doubled.
+            index = trained("Flat", rows)
+        self._index = self._faiss.IndexIDMap2(index)
         self._index.add_with_ids(rows, slots)
 
     def _append(self, ring: Ring) -> None:
@@ -135,6 +150,8 @@ def contents(index: Any) -> tuple[Any, Any]:
         ValueError: it stores codes from which vectors cannot be read back.
     """
     faiss = require_faiss()
+    if not isinstance(index, faiss.Index):
+        raise TypeError(f"index: expected a FAISS index, got {type(index).__name__}")
     index = faiss.downcast_index(index)
     ids = None
     if isinstance(index, faiss.IndexIDMap):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import torch
 from torch import Tensor
 
 from memkern.ops.cosine_topk import cosine_topk, inverse_norms
-from memkern.store import persistence
-from memkern.store._arguments import Filter, aligned, matcher, one_of, token_list
+from memkern.store import _arguments, persistence
+from memkern.store._arguments import Filter, aligned, one_of, token_list
 from memkern.store.locks import ReadWriteLock
 from memkern.store.records import Chunk, Hit, UsedIds
 from memkern.store.ring import Ring
@@ -56,14 +58,13 @@ class MemoryStore:
         device: str | torch.device = "cpu",
     ) -> None:
         for name, value in (("d_model", d_model), ("max_chunks", max_chunks)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            _arguments.whole(name, value, 1)
         one_of("dtype", dtype, DTYPES)
         one_of("retrieval_method", retrieval_method, METHODS)
         one_of("eviction", eviction, EVICTIONS)
         self.d_model, self.max_chunks, self.dtype = d_model, max_chunks, dtype
+        if not isinstance(index, str):
+            raise TypeError(f"index: expected a str, got {type(index).__name__} {index!r}")
         self.retrieval_method, self.index, self.eviction = retrieval_method, index, eviction
         self.device = torch.device(device)
         self._lock = ReadWriteLock()
@@ -91,11 +92,9 @@ class MemoryStore:
         id: int | None = None,
     ) -> int:
         """Store one chunk with its (d_model,) embedding; see :meth:`add_batch`. Returns its id."""
-        row = torch.as_tensor(embedding)
-        if row.dim() != 1:
-            raise ValueError(f"embedding: expected shape ({self.d_model}), got {list(row.shape)}")
+        row = _arguments.row("embedding", embedding, self.d_model)
         ids = None if id is None else [id]
-        return self.add_batch([chunk], row[None], [meta], token_ids=[token_ids], ids=ids)[0]
+        return self.add_batch([chunk], row, [meta], token_ids=[token_ids], ids=ids)[0]
 
     def add_batch(
         self,
@@ -123,13 +122,10 @@ class MemoryStore:
             ValueError: wrong shapes or lengths, NaN, an id that was used before or occurs twice, or a full store with
                 ``eviction="error"``. The store is then as it was.
         """
-        chunks = list(chunks)
+        chunks = [_arguments.text("chunks", chunk) for chunk in chunks]
         rows = self._embeddings("embeddings", embeddings, len(chunks))
-        metas = aligned("metas", metas, len(chunks))
+        given_metas = [_arguments.mapping("metas", meta) for meta in aligned("metas", metas, len(chunks))]
         tokens = [token_list(t) for t in aligned("token_ids", token_ids, len(chunks))]
-        for text in chunks:
-            if not isinstance(text, str):
-                raise TypeError(f"chunks: expected texts, got {type(text).__name__} {text!r}")
         with self._lock.write():
             given = self._new_ids(ids, len(chunks))
             if self.eviction == "error" and self._ring.size + len(chunks) > self.max_chunks:
@@ -150,7 +146,7 @@ class MemoryStore:
             self._ring.make_room(len(chunks) - skipped)
             slots = self._ring.append(rows[skipped:], self._norms(rows[skipped:]))
             for offset, slot in enumerate(slots, start=skipped):
-                meta = {"position": first + offset, "timestamp": now, "source": ""} | dict(metas[offset] or {})
+                meta = {"position": first + offset, "timestamp": now, "source": ""} | given_metas[offset]
                 self._ring.describe(slot, given[offset], chunks[offset], tokens[offset], meta)
             self._version += 1
             return given
@@ -167,9 +163,14 @@ class MemoryStore:
         """Change a chunk in place; it keeps its id and its age. What is not given stays, ``meta`` is replaced whole.
 
         Raises:
-            KeyError: no such id. ValueError: a bad embedding. The store is then as it was.
+            KeyError: no such id. ValueError, TypeError: a bad argument, named. The store is then as it was.
         """
-        row = None if embedding is None else self._embeddings("embedding", torch.as_tensor(embedding)[None], 1)
+        row = None
+        if embedding is not None:
+            row = self._embeddings("embedding", _arguments.row("embedding", embedding, self.d_model), 1)
+        if chunk is not None:
+            _arguments.text("chunk", chunk)
+        metadata = _arguments.mapping("meta", meta)
         tokens = token_list(token_ids)
         with self._lock.write():
             slot = self._slot(id)
@@ -181,17 +182,18 @@ class MemoryStore:
             if tokens is not None:
                 self._ring.token_ids[slot] = tokens
             if meta is not None:
-                self._ring.metadata[slot] = dict(meta)
+                self._ring.metadata[slot] = metadata
             self._rewrites += row is not None
             self._version += 1
 
     def delete(self, ids: int | Iterable[int]) -> None:
         """Delete one chunk or several: all, or none and a KeyError when an id is unknown."""
-        wanted = [ids] if isinstance(ids, int) else list(dict.fromkeys(ids))
+        wanted = _arguments.several_ids(ids)
         with self._lock.write():
-            for slot in [self._slot(id) for id in wanted]:
+            slots = list(dict.fromkeys(self._slot(id) for id in wanted))
+            for slot in slots:
                 self._ring.remove(slot)
-            self._deleted += len(wanted)
+            self._deleted += len(slots)
             self._rewrites += 1
             self._version += 1
 
@@ -205,6 +207,8 @@ class MemoryStore:
 
     def merge(self, other: MemoryStore) -> list[int]:
         """Add a copy of every chunk of ``other``, oldest first, under new ids, which are returned in that order."""
+        if not isinstance(other, MemoryStore):
+            raise TypeError(f"other: expected a MemoryStore, got {type(other).__name__} {other!r}")
         if other.d_model != self.d_model:
             raise ValueError(f"other: expected d_model {self.d_model}, got {other.d_model}")
         taken = list(other)
@@ -231,15 +235,13 @@ class MemoryStore:
 
         Args:
             query: (d_model,) float.
-            top_k: 1 to 2048.
+            top_k: at least 1.
             filter: keeps chunks whose metadata has these values (a list, tuple or set: any of them), or for which a
                 function of the metadata returns True.
             threshold: the lowest score to return.
         """
-        row = torch.as_tensor(query)
-        if row.dim() != 1:
-            raise ValueError(f"query: expected shape ({self.d_model}), got {list(row.shape)}")
-        return self.search_batched(row[None], top_k, filter=filter, threshold=threshold)[0]
+        row = _arguments.row("query", query, self.d_model)
+        return self.search_batched(row, top_k, filter=filter, threshold=threshold)[0]
 
     def search_batched(
         self,
@@ -251,50 +253,65 @@ class MemoryStore:
     ) -> list[list[Hit]]:
         """:meth:`search` for (n, d_model) queries: a list per row."""
         rows = self._embeddings("queries", queries, None)
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise TypeError(f"top_k: expected an int, got {type(top_k).__name__} {top_k!r}")
-        if not 1 <= top_k <= MAX_TOP_K:
-            raise ValueError(f"top_k: expected 1 to {MAX_TOP_K}, got {top_k}")
+        _arguments.whole("top_k", top_k, 1)
+        least = -math.inf if threshold is None else _arguments.number("threshold", threshold)
+        keep = None if filter is None else _arguments.matcher(filter)
         with self._lock.read(), torch.no_grad():
-            if self._ring.size == 0 or rows.shape[0] == 0:
+            count = min(top_k, self._ring.size)
+            if count == 0 or rows.shape[0] == 0:
                 return [[] for _ in range(rows.shape[0])]
-            allowed = self._allowed(filter)
-            if self._score_matrix is not None:
-                rows = (rows.float() @ self._score_matrix.to(rows.device)).to(rows.dtype)
+            allowed, rows = self._allowed(keep), self._as_scored(rows)
             if self._approximate is not None:
-                scores, slots = self._approximate.search(self._ring, self._rewrites, rows, top_k, allowed)
+                chosen = None if keep is None else allowed  # what was deleted is not in the index
+                scores, slots = self._approximate.search(self._ring, self._rewrites, rows, count, chosen)
+                # An approximate index may look where too few rows are allowed; those queries are searched exactly.
+                wanted = count if allowed is None else min(count, int(allowed.sum()))
+                short = (slots >= 0).sum(1) < wanted
+                if bool(short.any()):
+                    exact = self._exact(rows[short.to(rows.device)], count, allowed)
+                    scores[short], slots[short] = (found.cpu() for found in exact)
             else:
-                scores, slots = self._exact(rows, min(top_k, self._ring.size), allowed)
+                scores, slots = self._exact(rows, count, allowed)
             return [
                 [
                     self._hit(slot, score)
                     for slot, score in zip(row_slots, row_scores, strict=True)
-                    if slot >= 0 and (threshold is None or score >= threshold)
+                    if slot >= 0 and score >= least
                 ]
                 for row_slots, row_scores in zip(slots.tolist(), scores.tolist(), strict=True)
             ]
 
     def range_search(self, query: Tensor | Sequence[float], threshold: float) -> list[Hit]:
-        """Every chunk that scores at least ``threshold``, best first, ties to the older."""
-        with self._lock.read():
-            if len(self) <= MAX_TOP_K:
-                return self.search(query, max(1, len(self)), threshold=threshold)
-            rows = self._embeddings("query", torch.as_tensor(query)[None], 1)
-            if self._score_matrix is not None:
-                rows = (rows.float() @ self._score_matrix.to(rows.device)).to(rows.dtype)
-            found: list[tuple[float, int]] = []
-            # In blocks no larger than a search may return, so that each score is the exact search's own.
-            for run in self._ring.runs():
-                for start in range(run.start, run.stop, MAX_TOP_K):
-                    block = slice(start, min(start + MAX_TOP_K, run.stop))
-                    result = self._search_slots(rows, block, block.stop - block.start, self._ring.live, threshold)
-                    found += [(s, slot) for s, slot in zip(*(x[0].tolist() for x in result), strict=True) if slot >= 0]
-            found.sort(key=lambda pair: -pair[0])
-            return [self._hit(slot, score) for score, slot in found]
+        """Every chunk that scores at least ``threshold``, best first, ties to the older; exact with any index."""
+        rows = self._embeddings("query", _arguments.row("query", query, self.d_model), 1)
+        least = _arguments.number("threshold", threshold)
+        with self._lock.read(), torch.no_grad():
+            if self._ring.size == 0:
+                return []
+            found = self._exact(self._as_scored(rows), self._ring.size, self._allowed(None), least)
+            scores, slots = (part[0].tolist() for part in found)
+            return [self._hit(slot, score) for slot, score in zip(slots, scores, strict=True) if slot >= 0]
 
-    def _exact(self, rows: Tensor, top_k: int, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _as_scored(self, rows: Tensor) -> Tensor:
+        """Queries as the rows are compared with: under ``"learned"``, times the matrix."""
+        if self._score_matrix is None:
+            return rows
+        return (rows.float() @ self._score_matrix.to(rows.device)).to(rows.dtype)
+
+    def _exact(
+        self, rows: Tensor, top_k: int, allowed: Tensor | None, threshold: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scores and slots; the older run first, so that a stable merge keeps ties to the older chunk."""
-        parts = [self._search_slots(rows, run, top_k, allowed) for run in self._ring.runs()]
+        runs = self._ring.runs()
+        if top_k > MAX_TOP_K:
+            # More than one search of the operator returns: in blocks of which it returns every row.
+            runs = [
+                slice(start, min(start + MAX_TOP_K, run.stop))
+                for run in runs
+                for start in range(run.start, run.stop, MAX_TOP_K)
+            ]
+        limit = min(top_k, MAX_TOP_K)
+        parts = [self._search_slots(rows, run, limit, allowed, threshold) for run in runs]
         if len(parts) == 1:
             return parts[0]
         scores, slots = (torch.cat(part, 1) for part in zip(*parts, strict=True))
@@ -302,7 +319,7 @@ class MemoryStore:
         return best[:, :top_k], slots.gather(1, order[:, :top_k])
 
     def _search_slots(
-        self, rows: Tensor, run: slice, top_k: int, allowed: Tensor | None, threshold: float | None = None
+        self, rows: Tensor, run: slice, top_k: int, allowed: Tensor | None, threshold: float | None
     ) -> tuple[Tensor, Tensor]:
         result = cosine_topk(
             rows,
@@ -315,11 +332,10 @@ class MemoryStore:
         )
         return result.scores, torch.where(result.indices < 0, -1, result.indices + run.start)
 
-    def _allowed(self, filter: Filter | None) -> Tensor | None:
+    def _allowed(self, keep: Callable[[dict[str, Any]], bool] | None) -> Tensor | None:
         """(capacity,) bool of the slots that may be found; None when all of the window may."""
-        if filter is None:
+        if keep is None:
             return self._ring.live if self._ring.holes else None
-        keep = filter if callable(filter) else matcher(filter)
         chosen = [slot for slot in self._ring.rows() if keep(dict(self._ring.metadata[slot] or {}))]
         mask = torch.zeros(self._ring.capacity, dtype=torch.bool)
         mask[torch.tensor(chosen, dtype=torch.int64)] = True
@@ -336,7 +352,11 @@ class MemoryStore:
         return self._ring.size
 
     def __contains__(self, id: object) -> bool:
-        return id in self._ring.slot_of
+        try:
+            self._slot(id)
+        except KeyError:
+            return False
+        return True
 
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks, oldest first, as they are when the iteration starts."""
@@ -447,14 +467,17 @@ class MemoryStore:
             FileNotFoundError: no store there. ValueError: a damaged or newer file, named.
         """
         settings, tensors, records = persistence.load(Path(folder), mmap=mmap)
-        counters = settings.pop("counters")
-        settings["dtype"] = getattr(torch, settings["dtype"])
-        store = cls(**settings, device=device)
+        try:
+            counters = settings.pop("counters")
+            added, evicted, deleted = counters["added"], counters["evicted"], counters["deleted"]
+            store = cls(**settings | {"dtype": getattr(torch, settings["dtype"])}, device=device)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{Path(folder) / persistence.MANIFEST}: damaged: {error!r}") from error
         store._ring.adopt(tensors["embeddings"].to(store.device), tensors["inverse_norms"].to(store.device))
         for slot, record in enumerate(records):
             store._ring.describe(slot, record["id"], record["text"], record["token_ids"], record["metadata"])
         store._used = UsedIds([(start, end) for start, end in tensors["used_ids"].tolist()])
-        store._added, store._evicted, store._deleted = counters["added"], counters["evicted"], counters["deleted"]
+        store._added, store._evicted, store._deleted = added, evicted, deleted
         if "score_matrix" in tensors:
             store._score_matrix = tensors["score_matrix"].clone()
         return store
@@ -486,12 +509,12 @@ class MemoryStore:
         **settings: Any,
     ) -> MemoryStore:
         """A store of (n, d_model) NumPy rows; texts are empty without ``chunks``; ``settings``: the constructor's."""
-        rows = torch.from_numpy(embeddings)
+        rows = _arguments.numbers("embeddings", embeddings)
         if rows.dim() != 2:
             raise ValueError(f"embeddings: expected shape (n, d_model), got {list(rows.shape)}")
         settings.setdefault("max_chunks", max(10000, rows.shape[0]))
         store = cls(rows.shape[1], **settings)
-        store.add_batch(chunks or [""] * rows.shape[0], rows, metas, ids=None if ids is None else [int(i) for i in ids])
+        store.add_batch(chunks or [""] * rows.shape[0], rows, metas, ids=ids)
         return store
 
     def to_faiss(self) -> Any:
@@ -513,9 +536,9 @@ class MemoryStore:
 
     # Details
 
-    def _slot(self, id: int) -> int:
+    def _slot(self, id: Any) -> int:
         try:
-            return self._ring.slot_of[id]
+            return self._ring.slot_of[operator.index(id)]
         except (KeyError, TypeError):
             raise KeyError(f"no chunk has id {id!r}: it is unknown, deleted or evicted") from None
 
@@ -546,30 +569,14 @@ class MemoryStore:
 
     def _embeddings(self, name: str, value: Any, count: int | None) -> Tensor:
         """(n, d_model) rows in the store's dtype on its device, NaN and infinity refused."""
-        rows = torch.as_tensor(value).detach()
-        if rows.dim() != 2 or rows.shape[1] != self.d_model or (count is not None and rows.shape[0] != count):
-            expected = f"({'n' if count is None else count}, {self.d_model})"
-            raise ValueError(f"{name}: expected shape {expected}, got {list(rows.shape)}")
-        if not rows.is_floating_point():
-            raise ValueError(f"{name}: expected a floating dtype, got {rows.dtype}")
-        rows = rows.to(self.device, self.dtype)
-        if not bool(rows.isfinite().all()):
-            bad = tuple(int(i) for i in (~rows.isfinite()).nonzero()[0])
-            raise ValueError(f"{name}: expected finite values in {self.dtype}, got {rows[bad].item()} at index {bad}")
-        return rows
+        return _arguments.rows(name, value, count, self.d_model, self.dtype, self.device)
 
     def _new_ids(self, ids: Sequence[int] | None, count: int) -> list[int]:
         if ids is None:
             return list(range(self._used.next, self._used.next + count))
-        given = list(ids)
-        if len(given) != count:
-            raise ValueError(f"ids: expected {count}, got {len(given)}")
+        given = [_arguments.new_id(id) for id in aligned("ids", ids, count)]
         seen: set[int] = set()
         for id in given:
-            if isinstance(id, bool) or not isinstance(id, int):
-                raise TypeError(f"ids: expected ints, got {type(id).__name__} {id!r}")
-            if id < 0:
-                raise ValueError(f"ids: expected ids >= 0, got {id}")
             if id in seen or id in self._used:
                 raise ValueError(f"ids: {id} was used before; ids are never reused")
             seen.add(id)

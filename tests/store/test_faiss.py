@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,23 @@ def test_appended_rows_are_added_and_not_built_anew(index: str, monkeypatch: pyt
     store.delete(0)
     assert 0 not in {hit.id for hit in store.search(rows[0], 20)}
     assert built == [149]
+
+
+@pytest.mark.parametrize("index", ["faiss-ivf", "faiss-hnsw", "IVF64,Flat", "PQ2x4", "Flat"])
+def test_fewer_hits_only_where_there_are_fewer(index: str) -> None:
+    """Untrained, with few allowed rows, and beyond the lists or neighbours that a search looks at."""
+    store = MemoryStore(8, index=index)
+    rows = torch.randn(500, 8)
+    store.add("first", rows[0])
+    assert len(store.search(rows[0], 3)) == 1
+    store.add_batch([""] * 499, rows[1:], [{"rare": i == 7} for i in range(499)])
+    assert [[hit.id for hit in hits] for hits in store.search_batched(rows[:4], 3, filter={"rare": True})] == [[8]] * 4
+    assert len(store.search(rows[0], 500)) == 500
+    cosines = torch.nn.functional.cosine_similarity(rows, rows[:1])
+    assert len(store.range_search(rows[0], 0.3)) == int((cosines >= 0.3).sum())
+    again = copy.deepcopy(store)
+    again.clear()
+    assert (len(store), again.search(rows[0])) == (500, [])
 
 
 def test_export_and_import() -> None:

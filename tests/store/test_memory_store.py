@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -169,7 +171,7 @@ def test_zero_embedding_scores_zero_and_nan_is_refused() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda s: s.add("x", torch.ones(3)), ValueError, r"embeddings: expected shape \(1, 4\), got \[1, 3\]"),
+        (lambda s: s.add("x", torch.ones(3)), ValueError, r"embedding: expected shape \(4\), got \[3\]"),
         (lambda s: s.add("x", torch.ones(1, 4)), ValueError, r"embedding: expected shape \(4\)"),
         (lambda s: s.add("x", torch.ones(4, dtype=torch.int64)), ValueError, "expected a floating dtype"),
         (lambda s: s.add_batch(["x"], torch.ones(2, 4)), ValueError, "embeddings: expected shape"),
@@ -178,8 +180,18 @@ def test_zero_embedding_scores_zero_and_nan_is_refused() -> None:
         (lambda s: s.add("x", torch.ones(4), id=-1), ValueError, "ids >= 0"),
         (lambda s: s.add("x", torch.ones(4), id="a"), TypeError, "ids: expected ints"),
         (lambda s: s.add_batch([3], torch.ones(1, 4)), TypeError, "chunks: expected texts"),
-        (lambda s: s.search(torch.ones(3)), ValueError, "queries: expected shape"),
-        (lambda s: s.search(torch.ones(4), 0), ValueError, "top_k: expected 1 to 2048, got 0"),
+        (lambda s: s.search(torch.ones(3)), ValueError, "query: expected shape"),
+        (lambda s: s.search(None), TypeError, "query: expected a tensor"),
+        (lambda s: s.search(torch.ones(4), filter="x"), TypeError, "filter: expected a dict or a function"),
+        (lambda s: s.search(torch.ones(4), threshold="x"), TypeError, "threshold: expected a number"),
+        (lambda s: s.range_search(torch.ones(4), math.nan), ValueError, "threshold: expected a number"),
+        (lambda s: s.search(torch.ones(4), 0), ValueError, "top_k: expected at least 1, got 0"),
+        (lambda s: s.add("x", torch.ones(4), 5), TypeError, "metas: expected a dict or None"),
+        (lambda s: s.add("x", torch.ones(4), token_ids=["a"]), TypeError, "token_ids: expected ints"),
+        (lambda s: s.add_batch(["x"], [[1.0], [1.0, 2.0]]), ValueError, "embeddings: expected a tensor"),
+        (lambda s: s.delete(None), TypeError, "ids: expected an int or several"),
+        (lambda s: s.merge(3), TypeError, "other: expected a MemoryStore"),
+        (lambda s: MemoryStore(4, index=3), TypeError, "index: expected a str"),
         (lambda s: s.search(torch.ones(4), 2.5), TypeError, "top_k: expected an int"),
         (lambda s: s.get(5), KeyError, "no chunk has id 5"),
         (lambda s: MemoryStore(0), ValueError, "d_model: expected at least 1"),
@@ -197,6 +209,60 @@ def test_bad_input_changes_nothing(call: object, error: type[Exception], message
         call(store)  # type: ignore[operator]
     assert len(store) == 0
     assert store.add("fine", torch.ones(4)) == 0
+
+
+def test_bad_input_evicts_and_updates_nothing() -> None:
+    store = MemoryStore(4, 2)
+    store.add_batch(["a", "b"], torch.eye(4)[:2])
+    calls = [
+        (lambda: store.add("c", torch.ones(4), "meta"), "metas"),
+        (lambda: store.update(0, chunk="c", embedding=torch.ones(4), meta="meta"), "meta"),
+        (lambda: store.update(0, embedding=torch.ones(4), chunk=3), "chunk"),
+    ]
+    for call, name in calls:
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            call()
+        assert (store.chunks, store.ids) == (["a", "b"], [0, 1])
+        assert torch.equal(store.embeddings, torch.eye(4)[:2])
+
+
+def test_numbers_of_any_library() -> None:
+    store = MemoryStore(3)
+    store.add("list", [1, 0, 0])
+    store.add("array", np.array([0, 1.0, 0]), id=np.int64(7))
+    store.add_batch(["tensors", "reversed"], [torch.ones(3), torch.zeros(3)])
+    store.add_batch(["x", "y"], np.eye(3)[::-1][:2], ids=np.array([20, 21]))
+    assert store.add_batch([], []) == []
+    assert store.ids == [0, 7, 8, 9, 20, 21]
+    assert all(type(id) is int for id in store.ids)
+    assert store.search([0, 0, 1], 1)[0].text == "x"
+    assert [len(hits) for hits in semantic_search([torch.ones(3), torch.ones(3)], store, 2)] == [2, 2]
+    assert semantic_search(np.array([0, 0, 1.0]), store, 1)[0][0]["corpus_id"] == 20
+    store.delete(np.int64(20))
+    store.delete(np.array([0, 7]))
+    store.delete(torch.tensor([8]))
+    assert store.ids == [9, 21]
+    assert np.int64(9) in store
+    assert store.get(np.int64(9)).text == "reversed"
+
+
+def test_a_filter_by_values_meets_metadata_that_is_a_list() -> None:
+    store = MemoryStore(2)
+    store.add_batch(["a", "b"], torch.eye(2), [{"tags": ["x", "y"]}, {"tags": "x"}])
+    assert [hit.text for hit in store.search([1.0, 0.0], filter={"tags": ["x", "y"]})] == ["a", "b"]
+    assert [hit.text for hit in store.search([1.0, 0.0], filter={"tags": {"x"}})] == ["b"]
+
+
+def test_more_hits_than_one_search_of_the_operator_returns() -> None:
+    store = MemoryStore(4, 5000)
+    store.add_batch([""] * 4000, torch.randn(4000, 4))
+    store.add_batch([""] * 2000, torch.randn(2000, 4))  # the ring wraps
+    query = torch.randn(4)
+    hits = store.search(query, 4500)
+    assert hits[:2048] == store.search(query, 2048)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert len({hit.id for hit in hits}) == 4500
+    assert len(store.search(query, 10**6)) == 5000
 
 
 def test_empty_store_and_empty_queries() -> None:
