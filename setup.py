@@ -117,6 +117,11 @@ def memkern_version() -> str:
     return match[1]
 
 
+def interface(library: str) -> str:
+    """See memkern/_interface.py; importing memkern would need torch."""
+    return runpy.run_path(str(ROOT / "memkern" / "_interface.py"))["interface"](ROOT / "csrc", library) or ""
+
+
 def make_plan() -> Plan:
     """Decide from the tool chain what is built, never from a visible GPU."""
     want_cpp, want_cuda = switch("MEMKERN_BUILD_CPP"), switch("MEMKERN_BUILD_CUDA")
@@ -149,6 +154,8 @@ def make_plan() -> Plan:
         "MEMKERN_GIT": git_state(),
         "MEMKERN_TORCH_ROOT": str(torch),
         "MEMKERN_TORCH_VERSION": version,
+        "MEMKERN_INTERFACE_CPU": interface("cpu"),
+        "MEMKERN_INTERFACE_CUDA": interface("cuda"),
         "MEMKERN_CUDA_ARCH_LIST": "",
         "MEMKERN_PYTHON_INCLUDE": "",
         "MEMKERN_PYBIND11_INCLUDE": "",

@@ -15,10 +15,15 @@ from typing import Any
 import torch
 
 import memkern
+from memkern._interface import interface
 
 REPAIR = (
     "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps memkern (in a checkout: make build)"
 )
+
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+"""The sources of the libraries, in a checkout."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ def mismatch(name: str, build: dict[str, Any]) -> str | None:
         )
     if name == "cuda" and str(build.get("cuda", "")).split(".")[0] != str(torch.version.cuda).split(".")[0]:
         return f"_ops_cuda.so was built with CUDA {build.get('cuda')}, torch has CUDA {torch.version.cuda}. {REPAIR}"
+    there, built = interface(CSRC, name), build.get("interface", {}).get(name)
+    if there is not None and built != there:
+        return f"_ops_{name}.so was built from bindings {built}, but this checkout has {there}. {REPAIR}"
     return None
 
 

@@ -13,6 +13,7 @@ import torch
 
 import memkern
 from memkern import backends, native
+from memkern._interface import interface
 from memkern.ops import route_experts
 
 X, W = torch.randn(2, 3, 4), torch.randn(3, 4)
@@ -99,6 +100,14 @@ def test_a_stale_library_names_both_versions() -> None:
     assert "memkern 0.0.1" in reason
     assert f"memkern {memkern.__version__}" in reason
     assert "rebuild it with" in reason
+    there = interface(native.CSRC, "cpu")
+    if there is not None:
+        older = native.mismatch("cpu", {"memkern": memkern.__version__, "interface": {"cpu": "0123456789ab"}})
+        assert older is not None
+        assert "bindings 0123456789ab" in older
+        assert there in older
+        assert native.REPAIR in older
+        assert native.mismatch("cpu", {"memkern": memkern.__version__, "interface": {"cpu": there}}) is None
     cuda = native.mismatch("cuda", {"memkern": memkern.__version__, "cuda": "11.8"})
     assert "CUDA 11.8" in str(cuda)
 
