@@ -47,6 +47,7 @@ std::vector<Warp> warps;
 std::vector<Block> blocks;  // of the cluster that runs
 Barrier of_cluster;
 int alive = 0;
+int64_t launches = 0;
 bool moved = false;  // since the scheduler last began with the first fiber
 Fiber* current = nullptr;
 const std::function<void()>* work = nullptr;
@@ -155,6 +156,7 @@ const void* of_peer(const void* own, int rank) {
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body, int cluster) {
   const int threads = int(block.x * block.y * block.z);
   while (fibers.size() < static_cast<size_t>(threads * cluster)) fibers.push_back(new Fiber);
+  ++launches;
   gridDim = grid;
   blockDim = block;
   work = &body;
@@ -177,6 +179,9 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body
 }  // namespace emulated
 
 extern "C" {
+
+// Kernels launched so far.
+int64_t memkern_emulated_launches() { return emulated::launches; }
 
 int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {

@@ -7,6 +7,7 @@ value can be compared without a GPU. What is no C++ is rewritten first: launches
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -99,6 +100,13 @@ def _run(command: list[str]) -> None:
 def load() -> None:
     """Register the emulated operators in this process."""
     torch.ops.load_library(str(build()))
+
+
+def launches() -> int:
+    """Emulated kernels launched so far in this process."""
+    count = ctypes.CDLL(str(build())).memkern_emulated_launches
+    count.restype = ctypes.c_int64
+    return int(count())
 
 
 @contextlib.contextmanager

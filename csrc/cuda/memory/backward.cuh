@@ -24,8 +24,7 @@ struct Backward {
   // Of the write: <key, row> and |row|^2 of the old memory, gradients of write weights and of the lookup.
   float *write_dots, *write_norms, *d_write, *d_lookup, *scaled, *write_own;
   float *seen;       // (B, H, N) usage as each head saw it
-  float *d_seen, *d_allocated, *d_usage;
-  float *d_old_read, *retention, *d_retention;
+  float *d_seen, *d_allocated, *retention, *d_retention;
   float *columns;    // (B, parts, R + 2 H, W)
   Order order;
   int32_t* tickets;

@@ -7,6 +7,13 @@
 
 namespace memkern::cuda::slots {
 
+// Of the architecture that this is compiled for: where it is false, a kernel of clusters needs no code.
+#if defined(__CUDA_ARCH__)
+constexpr bool kHasClusters = __CUDA_ARCH__ >= 900;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
 // Every thread of every block of the cluster; what they wrote before is seen after.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900

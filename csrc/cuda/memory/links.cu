@@ -2,7 +2,7 @@
 //
 // A warp takes kHeight rows by kWarp packs of columns at a time. Sums along columns stay in registers for all rows of
 // the block, and meet at the end of the columns; sums along rows meet in the warp and are kept in shared memory.
-#include "cuda/memory/link_rows.cuh"
+#include "cuda/memory/link_rows_back.cuh"
 
 #include <initializer_list>
 
@@ -57,143 +57,36 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const LinkPass p, int fir
   link_rows<R, V, UPDATE>(rows, shared);
 }
 
-// R read heads as above. FINISH goes back through the update, otherwise d_links keeps the gradient of the links after
-// the step.
+// R read heads as above; FINISH as in link_rows_back().
 template <int R, int V, bool FINISH>
 __global__ void __launch_bounds__(kThreads, 1) backward(const LinkBackward p, int first, int count) {
-  constexpr int kSpan = kWarp * V, kColumns = R + (FINISH ? 2 : 0);
-  __shared__ float columns[kWarps][kColumns][kSpan];
-  __shared__ float sums[R + 1][kLinkRows], weights[R > 0 ? R : 1][kLinkRows], slopes[R > 0 ? R : 1][kLinkRows];
-  __shared__ float written[kLinkRows], forward_share[R > 0 ? R : 1], backward_share[R > 0 ? R : 1];
+  __shared__ LinkBackTile<R, V> shared;
   const Place at(p.sizes);
-  const int n = p.sizes.slots, heads = p.sizes.read_heads, modes = 1 + 2 * p.sizes.write_heads;
-  const int64_t offset = (at.plane * n + at.begin) * n;
-  const float *links = p.links + offset, *grad = p.grad == nullptr ? nullptr : p.grad + offset;
+  const int n = p.sizes.slots, heads = p.sizes.read_heads, writes = p.sizes.write_heads;
+  const int blocks = (n + kLinkRows - 1) / kLinkRows;
+  const int64_t offset = (at.plane * n + at.begin) * n, block = at.plane * blocks + at.block;
+  const float* grad = p.grad == nullptr ? nullptr : p.grad + offset;
   float* d_links = p.d_links + offset;
   if (!takes_step(p.sizes.step_mask, p.sizes.mask_stride, at.batch)) {
     if (grad != d_links) copy_rows(grad, d_links, int64_t(at.rows) * n);
     return;
   }
-  const float *write = p.write + at.plane * n, *precedence = p.precedence + at.plane * n;
-  const float* reads = R > 0 ? p.reads + (at.batch * heads + first) * n : nullptr;
-  const float* d_reads = R > 0 ? p.d_reads + (at.batch * heads + first) * n : nullptr;
-  for (int i = threadIdx.x; i < kLinkRows; i += kThreads) {
-    const bool inside = i < at.rows;
-    written[i] = inside ? write[at.begin + i] : 0.0f;
-    sums[R][i] = 0.0f;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const bool there = inside && r < count;
-      weights[r][i] = there ? reads[int64_t(r) * n + at.begin + i] : 0.0f;
-      slopes[r][i] = there ? d_reads[int64_t(r) * n + at.begin + i] : 0.0f;
-      sums[r][i] = 0.0f;
-    }
+  LinkRowsBack rows{n, at.begin, at.rows, count, at.head, writes, p.links + offset, grad, d_links};
+  rows.write = p.write + at.plane * n;
+  rows.precedence = p.precedence + at.plane * n;
+  if (R > 0) {
+    rows.reads = p.reads + (at.batch * heads + first) * n;
+    rows.d_reads = p.d_reads + (at.batch * heads + first) * n;
+    rows.modes = p.modes + at.batch * p.mode_stride + int64_t(first) * (1 + 2 * writes);
+    rows.ahead = p.ahead + (at.plane * heads + first) * n + at.begin;
+    rows.ahead_stride = n;
+    rows.back = p.back + (block * heads + first) * n;
   }
-  if (R > 0 && threadIdx.x < R) {
-    const bool there = int(threadIdx.x) < count;
-    const float* share = p.modes + at.batch * p.mode_stride + int64_t(first + int(threadIdx.x)) * modes;
-    backward_share[threadIdx.x] = there ? share[at.head] : 0.0f;
-    forward_share[threadIdx.x] = there ? share[p.sizes.write_heads + 1 + at.head] : 0.0f;
+  if (FINISH) {
+    rows.row = p.row + at.plane * n + at.begin;
+    rows.column = p.column + block * 2 * n;
   }
-  __syncthreads();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int start = 0; start < n; start += kSpan) {
-    const int j = start + lane * V;
-    const bool inside = j < n;
-    float wj[V], pj[V], rj[R > 0 ? R : 1][V], gj[R > 0 ? R : 1][V], down[kColumns][V] = {};
-    load_at(write + j, inside, wj);
-    load_at(precedence + j, inside, pj);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      load_at(reads + int64_t(r) * n + j, inside && r < count, rj[r]);
-      load_at(d_reads + int64_t(r) * n + j, inside && r < count, gj[r]);
-    }
-    for (int group = warp * kHeight; group < at.rows; group += kWarps * kHeight) {
-      float old[kHeight][V], d[kHeight][V], row[kHeight] = {};
-#pragma unroll
-      for (int a = 0; a < kHeight; ++a) {
-        const bool there = inside && group + a < at.rows;
-        load_at(links + int64_t(group + a) * n + j, there, old[a]);
-        load_at(grad + int64_t(group + a) * n + j, there && grad != nullptr, d[a]);
-      }
-      if constexpr (R > 0) {
-        float along[kHeight * R] = {};
-#pragma unroll
-        for (int a = 0; a < kHeight; ++a) {
-          const float wi = written[group + a];
-          const int i = at.begin + group + a;
-          float l[V];
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            l[v] = i == j + v ? 0.0f : fmaf(at_least_zero((1.0f - wi) - wj[v]), old[a][v], wi * pj[v]);
-          }
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            const float ri = weights[r][group + a], gi = slopes[r][group + a];
-            const float grad_ahead = gi * forward_share[r], share = backward_share[r];
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-              d[a][v] = fmaf(rj[r][v], grad_ahead, d[a][v]);
-              d[a][v] = fmaf(gj[r][v] * share, ri, d[a][v]);
-              along[a * R + r] = fmaf(l[v], gj[r][v], along[a * R + r]);
-              down[r][v] = fmaf(l[v], gi, down[r][v]);
-            }
-          }
-        }
-        const float sum = sums_of(along);
-        constexpr int kShare = kWarp / (kHeight * R);
-        if (lane % kShare == 0) sums[lane / kShare % R][group + lane / kShare / R] += sum;
-      }
-      if constexpr (FINISH) {
-#pragma unroll
-        for (int a = 0; a < kHeight; ++a) {
-          const float wi = written[group + a];
-          const int i = at.begin + group + a;
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            const float kept = (1.0f - wi) - wj[v], slope = i == j + v ? 0.0f : d[a][v];
-            // The clamp of the factor at zero passes the gradient where it does not bind.
-            const float passed = kept >= 0.0f ? old[a][v] : 0.0f;
-            row[a] = fmaf(slope, pj[v] - passed, row[a]);
-            down[R][v] = fmaf(-slope, passed, down[R][v]);
-            down[R + 1][v] = fmaf(slope, wi, down[R + 1][v]);
-            d[a][v] = slope * at_least_zero(kept);
-          }
-        }
-        const float sum = sums_of(row);
-        constexpr int kShare = kWarp / kHeight;
-        if (lane % kShare == 0) sums[R][group + lane / kShare] += sum;
-      }
-#pragma unroll
-      for (int a = 0; a < kHeight; ++a) {
-        if (inside && group + a < at.rows) store(d_links + int64_t(group + a) * n + j, d[a]);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) columns[warp][c][lane * V + v] = down[c][v];
-    }
-    __syncthreads();
-    const int blocks = (n + kLinkRows - 1) / kLinkRows;
-    const int64_t block = at.plane * blocks + at.block;
-    for (int k = threadIdx.x; k < kColumns * kSpan; k += kThreads) {
-      const int r = k / kSpan, c = k % kSpan;
-      if (start + c >= n || (r < R && r >= count)) continue;
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += columns[w][r][c];
-      float* out = r < R ? p.back + (block * heads + first + r) * n : p.column + (block * 2 + (r - R)) * n;
-      out[start + c] = sum;
-    }
-    __syncthreads();
-  }
-  for (int k = threadIdx.x; k < (R + (FINISH ? 1 : 0)) * kLinkRows; k += kThreads) {
-    const int r = k / kLinkRows, i = k % kLinkRows;
-    if (i >= at.rows || (r < R && r >= count)) continue;
-    float* out = r < R ? p.ahead + (at.plane * heads + first + r) * n : p.row + at.plane * n;
-    out[at.begin + i] = sums[r][i];
-  }
+  link_rows_back<R, V, FINISH>(rows, shared);
 }
 
 // d_links = sum_r d_ahead_i r_j + r_i d_back_j, over all heads by passes; and the two products with the links.

@@ -43,11 +43,6 @@ struct Chip {
   Tile* tile;
 };
 
-template <class T>
-__host__ __device__ T* place(Pieces& pieces) {
-  return reinterpret_cast<T*>(pieces.take((sizeof(T) + 3) / 4));
-}
-
 __host__ __device__ Chip lay_out(const Shape& s, int rows, Pieces& pieces) {
   const int64_t n = s.slots, reads = s.read_heads, writes = s.write_heads;
   Chip c{};
@@ -71,9 +66,9 @@ __host__ __device__ Chip lay_out(const Shape& s, int rows, Pieces& pieces) {
   c.order.before = pieces.take(n);
   c.order.slots = reinterpret_cast<int32_t*>(pieces.take(n));
   c.held = reinterpret_cast<uint32_t*>(pieces.take(n));
-  c.shared = place<Shared>(pieces);
-  c.columns = place<Columns>(pieces);
-  c.tile = place<Tile>(pieces);
+  c.shared = pieces.place<Shared>();
+  c.columns = pieces.place<Columns>();
+  c.tile = pieces.place<Tile>();
   return c;
 }
 

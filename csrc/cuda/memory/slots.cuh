@@ -132,7 +132,7 @@ __device__ __forceinline__ void usage_backward(float* d_usage, const float* usag
   }
 }
 
-// Gradient of retention_at(): d_read grows; d_free[r] is set.
+// Gradient of retention_at(): d_read grows; d_free[r] is set, unless it is null.
 __device__ __forceinline__ void retention_backward(const float* d_retention, const float* read, const float* free_gates,
                                                    int heads, int n, float* d_read, float* d_free, Shared& shared) {
   for (int r = 0; r < heads; ++r) {
@@ -146,7 +146,7 @@ __device__ __forceinline__ void retention_backward(const float* d_retention, con
       d_read[int64_t(r) * n + i] -= grad * free_gates[r];
     }
     const float total = block_sum(sum, shared.sums);
-    if (threadIdx.x == 0) d_free[r] = -total;
+    if (threadIdx.x == 0 && d_free != nullptr) d_free[r] = -total;
   }
 }
 

@@ -116,6 +116,10 @@ class Pieces {
     found.sorted = reinterpret_cast<uint64_t*>(take(2 * batch * sort_size(slots)));
     return found;
   }
+  template <class T>
+  __host__ __device__ T* place() {
+    return reinterpret_cast<T*>(take((sizeof(T) + 3) / 4));
+  }
   __host__ __device__ int64_t count() const { return count_; }
 
  private:

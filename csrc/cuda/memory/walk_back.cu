@@ -1,9 +1,12 @@
-// Backward of memory_step and memory_scan: the walk from the last step to the first.
+// Backward of memory_step and memory_scan: the walk from the last step to the first, by launches for each step where it
+// is not one launch (resident_back.cu).
 //
 // Segments are taken from the last to the first: from the snapshot before a segment its memories, links and precedences
 // are written again (the write weights are known, so no lookup is repeated), then its steps are taken backwards. Only
 // one segment's matrices exist at a time.
 #include "cuda/memory/backward.cuh"
+#include "cuda/memory/past.cuh"
+#include "cuda/memory/resident.cuh"
 
 namespace memkern::cuda {
 
@@ -25,22 +28,14 @@ __global__ void __launch_bounds__(kThreads, 1) repeat_write(const Rewrite p) {
   const Shape& s = p.shape;
   const Part part(s);
   const int64_t b = part.batch;
-  const int n = s.slots, width = s.width, writes = s.write_heads;
+  const int n = s.slots, writes = s.write_heads;
   const bool runs = s.runs(b);
   const Said<const float*> said(s, p.interface, static_cast<const void*>(nullptr), b);
   const float* write = p.write_weights + b * writes * n;
   if (p.to_memory != nullptr) {
-    const float *from = p.memory + b * n * width, *read = p.read_weights + b * s.read_heads * n;
-    float* to = p.to_memory + b * n * width;
-    each_element(part.range, width, [&](int i, int k) {
-      const int64_t at = int64_t(i) * width + k;
-      if (!runs) {
-        to[at] = from[at];
-        return;
-      }
-      const float scale = s.deallocate ? retention_at(read, said.free_gates, s.read_heads, n, i) : 1.0f;
-      to[at] = written(from[at] * scale, write, said.erase_vectors, said.write_vectors, writes, n, width, i, k);
-    });
+    const float *from = p.memory + b * n * s.width, *read = p.read_weights + b * s.read_heads * n;
+    float* to = p.to_memory + b * n * s.width;
+    rewrite_rows(s, runs, part.range, said, from, read, write, to);
   }
   if (p.to_precedence != nullptr && part.index == 0) {
     const float* from = p.precedence + b * writes * n;
@@ -84,8 +79,6 @@ Backward carve(const MemorySizes& sizes, Pieces& pieces) {
   f.seen = pieces.take(b * writes * n);
   f.d_seen = pieces.take(b * n);
   f.d_allocated = pieces.take(b * n);
-  f.d_usage = pieces.take(b * n);
-  f.d_old_read = pieces.take(b * reads * n);
   f.retention = pieces.take(b * n);
   f.d_retention = pieces.take(b * n);
   f.columns = pieces.take(b * parts_of(n, sizes.width) * (reads + 2 * writes) * sizes.width);
@@ -93,34 +86,14 @@ Backward carve(const MemorySizes& sizes, Pieces& pieces) {
   return f;
 }
 
-// The matrices of one segment: after each of its steps, but for links after the last.
-struct Segment {
-  float *memory, *links, *precedence;
-
-  Segment(const MemorySizes& s, Pieces& pieces) : memory(nullptr), links(nullptr), precedence(nullptr) {
-    const int64_t every = s.every < s.steps ? s.every : s.steps, planes = s.batch * s.write_heads;
-    memory = pieces.take(every * s.batch * s.slots * s.width);
-    if (!s.track_links || every < 2) return;
-    links = pieces.take((every - 1) * planes * s.slots * s.slots);
-    precedence = pieces.take((every - 1) * planes * s.slots);
-  }
-};
-
-const float* in(const void* x) { return static_cast<const float*>(x); }
-float* out(void* x) { return static_cast<float*>(x); }
-
 // One call's walk from the last step to the first.
 class WalkBack {
  public:
   WalkBack(const MemoryBackward& p, const Backward& f, const Segment& segment, cudaStream_t stream)
-      : p_(p), s_(p.sizes), f_(f), segment_(segment), stream_(stream) {
-    planes_ = s_.batch * s_.write_heads;
-    memory_ = s_.batch * s_.slots * s_.width;
-    links_ = planes_ * s_.slots * s_.slots;
-  }
+      : p_(p), s_(p.sizes), f_(f), past_(p, segment), stream_(stream) {}
 
   cudaError_t run() {
-    const int64_t every = s_.every < s_.steps ? s_.every : s_.steps;
+    const int64_t every = past_.every;
     f_.grads = {in(p_.grads.memory),     in(p_.grads.usage),        in(p_.grads.links),
                 in(p_.grads.precedence), in(p_.grads.read_weights), in(p_.grads.write_weights)};
     for (int64_t begin = (s_.steps - 1) / every * every; begin >= 0; begin -= every) {
@@ -132,81 +105,58 @@ class WalkBack {
   }
 
  private:
-  // Rows of a history after step t, or of the first state for t = -1.
-  const float* row(const void* history, const void* first, int64_t t, int64_t count) const {
-    return t < 0 ? in(first) : in(history) + t * s_.batch * count * s_.slots;
-  }
-  // The state before step begin + k of a segment, in its matrices.
-  const float* before(const void* state, const void* saved, const float* own, int64_t size, int64_t begin,
-                      int64_t k) const {
-    if (k > 0) return own + (k - 1) * size;
-    const int64_t segment = begin / s_.every;
-    return segment == 0 ? in(state) : in(saved) + (segment - 1) * size;
-  }
-  const float* memory_before(int64_t begin, int64_t k) const {
-    return before(p_.state.memory, p_.saved.memory, segment_.memory, memory_, begin, k);
-  }
-  const float* links_before(int64_t begin, int64_t k) const {
-    return before(p_.state.links, p_.saved.links, segment_.links, links_, begin, k);
-  }
-  const float* precedence_before(int64_t begin, int64_t k) const {
-    return before(p_.state.precedence, p_.saved.precedence, segment_.precedence, planes_ * s_.slots, begin, k);
-  }
-
   cudaError_t replay(int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t k = t - begin;
       const bool links = s_.track_links && t + 1 < end;
-      const float* write = row(p_.saved.write_weights, nullptr, t, s_.write_heads);
+      Shape shape = f_.shape;
+      shape.step = t;
       if (links) {
         LinkPass pass{};
-        Shape shape = f_.shape;
-        shape.step = t;
         pass.sizes = shape.links();
-        pass.from = links_before(begin, k);
-        pass.to = segment_.links + k * links_;
-        pass.write = write;
-        pass.precedence = precedence_before(begin, k);
+        pass.from = past_.links_before(begin, k);
+        pass.to = past_.links_again(k);
+        pass.write = past_.write_after(t);
+        pass.precedence = past_.precedence_before(begin, k);
         MK_TRY(link_pass(pass, stream_));
       }
       const bool known = p_.final_memory != nullptr && t + 1 == s_.steps;
       if (known && !links) continue;
       Rewrite again{};
-      again.shape = f_.shape;
-      again.shape.step = t;
-      again.memory = memory_before(begin, k);
-      again.read_weights = row(p_.saved.read_weights, p_.state.read_weights, t - 1, s_.read_heads);
-      again.write_weights = write;
-      again.precedence = links ? precedence_before(begin, k) : nullptr;
+      again.shape = shape;
+      again.memory = past_.memory_before(begin, k);
+      again.read_weights = past_.read_after(t - 1);
+      again.write_weights = past_.write_after(t);
+      again.precedence = links ? past_.precedence_before(begin, k) : nullptr;
       again.interface = p_.interface;
-      again.to_memory = known ? nullptr : segment_.memory + k * memory_;
-      again.to_precedence = links ? segment_.precedence + k * planes_ * s_.slots : nullptr;
+      again.to_memory = known ? nullptr : past_.memory_again(k);
+      again.to_precedence = links ? past_.precedence_again(k) : nullptr;
       MK_TRY(rewrite(again, stream_));
     }
     return cudaSuccess;
   }
 
   cudaError_t step(int64_t t, int64_t begin) {
-    const int64_t k = t - begin, reads = s_.read_heads, writes = s_.write_heads;
+    const int64_t k = t - begin;
     const bool known = p_.final_memory != nullptr && t + 1 == s_.steps;
     f_.shape.step = t;
-    f_.old.memory = memory_before(begin, k);
-    f_.memory = known ? in(p_.final_memory) : segment_.memory + k * memory_;
+    f_.old.memory = past_.memory_before(begin, k);
+    f_.memory = known ? in(p_.final_memory) : past_.memory_again(k);
     if (s_.track_links) {
-      f_.old.links = links_before(begin, k);
-      f_.old.precedence = precedence_before(begin, k);
+      f_.old.links = past_.links_before(begin, k);
+      f_.old.precedence = past_.precedence_before(begin, k);
     }
-    f_.old.read_weights = row(p_.saved.read_weights, p_.state.read_weights, t - 1, reads);
-    f_.old.write_weights = row(p_.saved.write_weights, p_.state.write_weights, t - 1, writes);
-    f_.read_weights = row(p_.saved.read_weights, nullptr, t, reads);
-    f_.write_weights = row(p_.saved.write_weights, nullptr, t, writes);
-    f_.read_content = row(p_.saved.read_content, nullptr, t, reads);
-    f_.write_content = row(p_.saved.write_content, nullptr, t, writes);
-    if (p_.sharpness != nullptr) f_.mixed = row(p_.saved.mixed, nullptr, t, reads);
+    f_.old.read_weights = past_.read_after(t - 1);
+    f_.old.write_weights = past_.write_after(t - 1);
+    f_.read_weights = past_.read_after(t);
+    f_.write_weights = past_.write_after(t);
+    f_.read_content = past_.saved.read_content + t * past_.read;
+    f_.write_content = past_.saved.write_content + t * past_.write;
+    if (p_.sharpness != nullptr) f_.mixed = past_.saved.mixed + t * past_.read;
     if (s_.track_usage) {
-      f_.old.usage = row(p_.saved.usage, p_.state.usage, t - 1, 1);
-      f_.usage = row(p_.saved.usage, nullptr, t, 1);
-      f_.allocation = row(p_.saved.allocation, nullptr, t, writes);
+      f_.old.usage = past_.usage_after(t - 1);
+      f_.usage = past_.usage_after(t);
+      f_.allocation = past_.saved.allocation + t * past_.write;
     }
     MK_TRY(back_through_step(f_, stream_));
     const MemoryFields<float*>& d = f_.d_state;
@@ -217,9 +167,8 @@ class WalkBack {
   const MemoryBackward& p_;
   const MemorySizes& s_;
   Backward f_;
-  const Segment segment_;
+  const Past past_;
   cudaStream_t stream_;
-  int64_t planes_, memory_, links_;
 };
 
 }  // namespace
@@ -237,6 +186,8 @@ cudaError_t memory_backward(const MemoryBackward& p, float* scratch, int32_t* ti
   using namespace slots;
   const MemorySizes& s = p.sizes;
   if (s.batch == 0 || s.steps == 0) return cudaSuccess;
+  cudaError_t error = cudaSuccess;
+  if (resident_backward(p, scratch, stream, error)) return error;
   Pieces pieces(scratch);
   Backward f = carve(s, pieces);
   const Segment segment(s, pieces);

@@ -1,9 +1,12 @@
-// Takes the place of the header of this path: clusters of emulated blocks, where MEMKERN_EMULATED_CLUSTERS=1 asks for them.
+// Takes the place of the header of this path: clusters of emulated blocks, where MEMKERN_EMULATED_CLUSTERS asks for
+// them with the KiB of shared memory that a block may have.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace memkern::cuda::slots {
+
+constexpr bool kHasClusters = true;
 
 inline void cluster_sync() { emulated::wait_for_cluster(); }
 inline const float* of_peer(const float* own, int rank) {
@@ -19,7 +22,7 @@ struct Clusters {
   template <class P>
   bool fit(void (*)(P)) const {
     const char* wanted = std::getenv("MEMKERN_EMULATED_CLUSTERS");
-    return wanted != nullptr && *wanted == '1' && shared <= 227 << 10;
+    return wanted != nullptr && shared <= size_t(std::atoi(wanted)) << 10;
   }
   template <class P>
   cudaError_t launch(void (*kernel)(P), const P& p) const {
