@@ -67,10 +67,10 @@ def test_scan(every: int) -> None:
 # so few KiB of shared memory that the gradients of the links lie elsewhere, or that it takes more blocks than rows.
 RESIDENT = {
     "one block": ((2, 12, 6, 3, 2), 227, {"sharpness": 2.0, "deallocate": True, "checkpoint_every": 3}),
-    "two blocks": ((1, 72, 20, 5, 1), 227, {"checkpoint_every": 2}),
+    "two blocks": ((1, 72, 9, 5, 1), 227, {"checkpoint_every": 2}),
     "four blocks": ((1, 132, 7, 1, 1), 227, {"track_usage": False, "checkpoint_every": 9}),
     "no links": ((1, 68, 5, 2, 1), 227, {"track_links": False, "detach_usage": True, "checkpoint_every": 1}),
-    "links that do not fit": ((1, 68, 5, 1, 3), 42, {"checkpoint_every": 2}),
+    "links that do not fit": ((1, 36, 4, 1, 2), 35, {"checkpoint_every": 2}),
     "blocks without rows": ((1, 12, 600, 1, 1), 48, {"checkpoint_every": 3}),
 }
 
