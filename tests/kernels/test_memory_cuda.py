@@ -63,8 +63,8 @@ def test_scan(every: int) -> None:
     assert_matches(on_cuda(ops.memory_scan), reference.memory_scan, made | options)
 
 
-# Segments of one step, that do not divide the steps, and longer than all. The last two for backward alone, in blocks with
-# so few KiB of shared memory that the gradients of the links lie elsewhere, or that it takes more blocks than rows.
+# Segments of one step, that do not divide the steps, and longer than all. The last two for backward alone, in blocks
+# with so few KiB of shared memory that the gradients of the links lie elsewhere, or that some blocks have no rows.
 RESIDENT = {
     "one block": ((2, 12, 6, 3, 2), 227, {"sharpness": 2.0, "deallocate": True, "checkpoint_every": 3}),
     "two blocks": ((1, 72, 9, 5, 1), 227, {"checkpoint_every": 2}),
