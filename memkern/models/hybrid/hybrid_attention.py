@@ -15,6 +15,7 @@ from memkern.models.hybrid.configuration_hybrid import HybridTransformerConfig
 from memkern.models.hybrid.external_memory import ExternalMemoryBank
 from memkern.models.hybrid.internal_memory import InternalMemoryModule
 from memkern.models.hybrid.retrieval_cache import RetrievalCache
+from memkern.nn._init import ZeroLinear
 from memkern.ops import fuse_sources, retrieved_attention
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,6 @@ class MemoryCall:
         self.documents, self.rows, self.external, self.open = documents, rows, external, open
         self.new_memory: dict[int, Tensor] = {}
         self.capture: dict[int, Tensor] | None = None
-
-
-class ZeroLinear(nn.Linear):
-    """A projection into the stream that starts at zero: a fresh model computes what its backbone does."""
 
 
 class HybridMemoryAttention(nn.Module):

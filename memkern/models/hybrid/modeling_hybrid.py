@@ -17,8 +17,9 @@ from memkern.models._devices import check_devices
 from memkern.models._losses import cross_entropy, shifted_cross_entropy
 from memkern.models.hybrid.configuration_hybrid import HybridTransformerConfig
 from memkern.models.hybrid.external_memory import BANK_FILE, ExternalMemoryBank
-from memkern.models.hybrid.hybrid_attention import INITIAL_GATE, HybridMemoryAttention, MemoryCall, ZeroLinear
+from memkern.models.hybrid.hybrid_attention import INITIAL_GATE, HybridMemoryAttention, MemoryCall
 from memkern.models.hybrid.internal_memory import InternalMemoryModule
+from memkern.nn._init import ZeroLinear
 
 State = dict[str, Tensor]
 
@@ -98,7 +99,7 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
+            module.draw(init)
             return
         if isinstance(module, InternalMemoryModule):
             init.eye_(module.initial_memory)
