@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -21,12 +22,17 @@ print(time.process_time() - start, *(name in __import__("sys").modules for name 
 def import_seconds(tries: int = 5) -> float:
     """The least processor time that ``import memkern`` took above ``import torch``, each try in a fresh process.
 
+    From compiled bytecode, as an installed package has it, whatever ``PYTHONDONTWRITEBYTECODE`` says: the first try
+    writes it.
+
     Raises:
         RuntimeError: it imported triton or transformers too.
     """
     found = []
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for _ in range(tries):
-        run = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", _IMPORT]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         seconds, *heavy = run.stdout.split()
         if "True" in heavy:
             raise RuntimeError("import memkern: imports triton or transformers")

@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:?usage: test.sh PYTHON [pytest arguments]}
 shift
+unset PYTHONDONTWRITEBYTECODE  # many tests start a Python of their own
 workers=()
 if "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('xdist') is None)"; then
   workers=(-n auto --dist worksteal)
