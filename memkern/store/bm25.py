@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from memkern.store._arguments import whole
+
 
 class BM25:
     """Okapi BM25 over a list of texts.
@@ -27,12 +29,14 @@ class BM25:
         if len(self._ids) != len(texts):
             raise ValueError(f"ids: expected {len(texts)}, got {len(self._ids)}")
         self._index: Any = None
-        if texts:
+        tokens = self._tokens(texts) if texts else None
+        if tokens is not None and any(tokens.ids):  # the library takes no texts without any word
             self._index = bm25s.BM25(k1=k1, b=b)
-            self._index.index(self._tokens(texts), show_progress=False)
+            self._index.index(tokens, show_progress=False)
 
     def search(self, query: str, top_k: int = 5) -> list[tuple[Hashable, float]]:
         """(id, score) of the best documents, best first; documents that share no word with the query are left out."""
+        whole("top_k", top_k, 1)
         if self._index is None:
             return []
         count = min(top_k, len(self._ids))

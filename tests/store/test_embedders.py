@@ -68,6 +68,7 @@ def test_transformers_ignores_padding(pooling: str, side: str) -> None:
     assert together.norm(dim=1).tolist() == pytest.approx([1, 1])
     assert embedder.model.training, "the mode is put back"
     assert embedder.encode([]).shape == (0, 32)
+    torch.testing.assert_close(embedder.encode("cat"), embedder.encode(["cat"])[0], atol=1e-5, rtol=0)
 
 
 def test_transformers_prefers_embed_and_checks_arguments() -> None:
@@ -93,6 +94,8 @@ def test_sentence_transformer_prompts() -> None:
     embedder.encode(["b"])
     assert seen == ["query: a", "b"]
     assert embedder.d_model == 4
+    assert embedder.encode("c", kind="query").shape == (4,)
+    assert seen[2:] == ["query: c"]
 
 
 def test_from_name() -> None:
@@ -107,7 +110,9 @@ def test_bm25_and_fusion() -> None:
     index = BM25(TEXTS, ids=["cat", "dog", "stocks"])
     assert index.search("markets today", 3)[0][0] == "stocks"
     assert [id for id, _ in index.search("cat", 3)] == ["cat", "dog"]
-    assert BM25([]).search("cat") == []
+    assert [BM25(texts).search("cat") for texts in ([], ["", "..."], ["the"])] == [[]] * 3
+    with pytest.raises(ValueError, match="top_k: expected at least 1"):
+        index.search("cat", 0)
     with pytest.raises(ValueError, match="ids: expected 3, got 1"):
         BM25(TEXTS, ids=["x"])
     assert reciprocal_rank_fusion([["a", "b", "c"], ["b", "c", "a"]]) == ["b", "a", "c"]
@@ -117,7 +122,7 @@ def test_store_with_an_embedder_end_to_end() -> None:
     embedder = HashingEmbedder(512)
     store = MemoryStore(embedder.d_model)
     store.add_batch(TEXTS, embedder.encode(TEXTS))
-    assert store.search(embedder.encode(["dog"], kind="query")[0], 1)[0].text == TEXTS[1]
+    assert store.search(embedder.encode("dog", kind="query"), 1)[0].text == TEXTS[1]
 
 
 def test_retrieval_metrics() -> None:

@@ -1,6 +1,7 @@
 """Text to vectors: a hashing embedder that needs no model, transformers encoders, and SentenceTransformers.
 
-Every embedder has ``d_model`` and ``encode(texts, kind="document" | "query") -> (n, d_model) float32 unit rows``.
+Every embedder has ``d_model`` and ``encode(texts, kind="document" | "query") -> (n, d_model) float32 unit rows``;
+one text that stands in no list gives its row.
 """
 
 from memkern.store.embedders.base import Embedder

@@ -16,8 +16,11 @@ class Embedder(Protocol):
     @property
     def d_model(self) -> int: ...
 
-    def encode(self, texts: Sequence[str], kind: str = "document") -> Tensor:
-        """(n,) texts -> (n, d_model) float32, rows of length 1 (a text without content gives zeros)."""
+    def encode(self, texts: str | Sequence[str], kind: str = "document") -> Tensor:
+        """(n,) texts -> (n, d_model) float32, rows of length 1 (a text without content gives zeros).
+
+        One text that stands in no list gives its row, (d_model,).
+        """
         ...
 
 

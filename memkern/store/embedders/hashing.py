@@ -53,9 +53,11 @@ class HashingEmbedder:
             self._documents += 1
         return self
 
-    def encode(self, texts: Sequence[str], kind: str = "document") -> Tensor:
+    def encode(self, texts: str | Sequence[str], kind: str = "document") -> Tensor:
         """(n,) texts -> (n, d_model) float32 unit rows; zeros for a text without words."""
         check_kind(kind)
+        if isinstance(texts, str):
+            return self.encode([texts], kind)[0]
         rows = torch.zeros(len(texts), self._d_model)
         for row, text in enumerate(texts):
             buckets: dict[int, float] = {}

@@ -38,9 +38,11 @@ class SentenceTransformerEmbedder:
     def d_model(self) -> int:
         return int(self.model.get_sentence_embedding_dimension())
 
-    def encode(self, texts: Sequence[str], kind: str = "document") -> Tensor:
+    def encode(self, texts: str | Sequence[str], kind: str = "document") -> Tensor:
         """(n,) texts -> (n, d_model) float32 unit rows on the CPU."""
         check_kind(kind)
+        if isinstance(texts, str):
+            return self.encode([texts], kind)[0]
         if not texts:
             return torch.zeros(0, self.d_model)
         rows = self.model.encode(

@@ -58,9 +58,11 @@ class TransformersEmbedder:
     def d_model(self) -> int:
         return int(self.model.config.hidden_size)
 
-    def encode(self, texts: Sequence[str], kind: str = "document") -> Tensor:
+    def encode(self, texts: str | Sequence[str], kind: str = "document") -> Tensor:
         """(n,) texts -> (n, d_model) float32 unit rows on the CPU."""
         check_kind(kind)
+        if isinstance(texts, str):
+            return self.encode([texts], kind)[0]
         device = next(self.model.parameters()).device
         training = self.model.training
         self.model.eval()
