@@ -44,11 +44,12 @@ MUTATIONS = [
     ),
     Mutation(
         "a masked pair takes part",
-        "csrc/cpu/retrieval.cpp",
+        "csrc/cpu/retrieval/queries.h",
         "(p.mask != nullptr && !p.mask[row + c])",
         "(p.mask != nullptr && !p.mask[row] && !p.mask[row + c])",
         "tests/ops/test_retrieval.py::test_values_and_gradients",
         "cpp",
+        "csrc/cpu/retrieval/bank.cpp",
     ),
 ]
 

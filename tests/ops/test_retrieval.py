@@ -73,6 +73,19 @@ def test_dtypes(backend: Any, dtype: torch.dtype, make: Any) -> None:
     attention_matches(backend, make(backend, SHAPES["odd"], dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+def test_rows_of_whole_vectors(backend: Any, width: int, dtype: torch.dtype) -> None:
+    """Queries by twos, one lane shorter than the other, and pairs that fill no group: a form of the CPU kernel."""
+    if backend.name != "cpp":
+        pytest.skip("no other backend treats such rows in a way of their own")
+    made = {name: x.detach() for name, x in own_pairs(backend, (1, 3, 3, 11, width, 0), dtype).items()}
+    attention_matches(backend, made)
+    everyone = torch.ones(1, 3, 3, 11, dtype=torch.bool)
+    plain, masked = (retrieved_attention(**made, mask=mask, backend="cpp") for mask in (None, everyone))
+    torch.testing.assert_close(plain, masked)
+
+
 @pytest.mark.parametrize("make", [own_pairs, bank])
 def test_mixed_dtypes_and_strides(backend: Any, make: Any) -> None:
     made = make(backend, SHAPES["odd"])

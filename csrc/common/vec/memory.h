@@ -132,5 +132,8 @@ MK_INLINE void stream_fence() {
 #endif
 }
 MK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into the second-level cache alone. For what will be read once: the first level can wait for few lines at a time, and a
+// stream that is fetched into it ahead of its loads takes those places from them.
+MK_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace memkern::cpu::MK_NS

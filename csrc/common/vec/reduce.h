@@ -27,14 +27,19 @@ inline __attribute__((always_inline)) float reduce_sum<float>(VecF x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 #endif
-// Largest element; NaN when there is one.
+// Largest element; NaN when there is one. By halves: the elements one after the other would each wait for the last.
 template <class A>
 MK_INLINE A reduce_max(Vec<A> x) {
-  A part[Vec<A>::N];
-  store(part, x);
-  A best = part[0];
-  for (int i = 1; i < Vec<A>::N; ++i) best = (part[i] > best || part[i] != part[i]) ? part[i] : best;
-  return best;
+  using I = typename Vec<A>::int_raw;
+#pragma GCC unroll 4
+  for (int step = Vec<A>::N / 2; step > 0; step /= 2) {
+    I partner{};
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec<A>::N; ++i) partner[i] = i ^ step;
+    const typename Vec<A>::raw other = __builtin_shuffle(x.v, partner);
+    x = max_nan(x, Vec<A>(other));
+  }
+  return x.v[0];
 }
 template <class A>
 MK_INLINE A reduce_min(Vec<A> x) { return -reduce_max(-x); }
