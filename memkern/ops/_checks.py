@@ -123,6 +123,12 @@ def temperature(value: float | Tensor, like: Tensor, like_name: str) -> float | 
     return value
 
 
+def flag(name: str, value: Any) -> None:
+    """``value`` is True or False."""
+    if value is not True and value is not False:
+        fail_type(name, "a bool", value)
+
+
 def choice(name: str, value: Any, known: Sequence[str]) -> None:
     """``value`` is one of the known strings."""
     if value not in known:

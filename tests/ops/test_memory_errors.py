@@ -115,6 +115,11 @@ def test_parts_name_their_arguments() -> None:
         ops.initial_memory_state(2, 0, 4, 1)
     with pytest.raises(TypeError, match="read_heads: expected an int"):
         ops.initial_memory_state(2, 3, 4, 1.5)  # type: ignore[arg-type]
+    for device, error in (("nowhere", ValueError), (3.5, TypeError)):
+        with pytest.raises(error, match=r"device: expected a torch\.device"):
+            ops.initial_memory_state(2, 3, 4, 1, device=device)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="detach_write: expected a bool"):
+        ops.update_usage(torch.rand(2, 5), rows, rows, torch.rand(2, 3), detach_write=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"memory: expected shape \(3, 4\)"):
         ops.initial_memory_state(2, 3, 4, 1, memory=torch.rand(3, 5))
 

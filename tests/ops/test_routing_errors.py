@@ -39,6 +39,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"row_mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"row_mask: expected shape \(4\)"),
     ({"clamp": 0.0}, ValueError, "clamp: expected a number > 0"),
     ({"clamp": "no"}, TypeError, "clamp: expected a float or None"),
+    ({"straight_through": "no"}, TypeError, "straight_through: expected a bool"),
     ({"process_group": "world"}, TypeError, "process_group: expected"),
     (
         {"backend": "cudnn"},

@@ -48,6 +48,7 @@ def update_usage(
     _at_least_one_head("write_weights", write_weights, (batch, "H", slots), usage, "usage")
     _at_least_one_head("read_weights", read_weights, (batch, "R", slots), usage, "usage")
     _checks.floating("free_gates", free_gates, (batch, read_weights.shape[1]), usage, "usage")
+    _checks.flag("detach_write", detach_write)
     if _checks.values_enabled():
         for name, value in (
             ("usage", usage),
@@ -60,7 +61,7 @@ def update_usage(
     if chosen == "reference" or needs_reference():
         return reference.update_usage(usage, write_weights, read_weights, free_gates, detach_write=detach_write)
     inputs = (usage, write_weights, read_weights, free_gates)
-    return run("update_usage", chosen, *inputs, option=bool(detach_write)).to(usage.dtype)
+    return run("update_usage", chosen, *inputs, option=detach_write).to(usage.dtype)
 
 
 def update_links(
@@ -118,7 +119,7 @@ def directional_weights(links: Tensor, read_weights: Tensor, *, backend: str | N
     _square("links", links)
     _checks.floating("read_weights", read_weights, (links.shape[0], "R", links.shape[2]), links, "links")
     if _checks.values_enabled():
-        _checks.no_nan("links", links)
+        _checks.in_range("links", links, 0.0, 1.0 + 1e-2)
         _checks.in_range("read_weights", read_weights, 0.0, 1.0 + 1e-2)
     chosen = backends.select("directional_weights", backend, links, read_weights)
     if chosen == "reference" or needs_reference():
@@ -147,7 +148,7 @@ def read_memory(memory: Tensor, weights: Tensor, *, backend: str | None = None) 
     _checks.floating("weights", weights, (memory.shape[0], "R", memory.shape[1]), memory, "memory")
     if _checks.values_enabled():
         _checks.no_nan("memory", memory)
-        _checks.no_nan("weights", weights)
+        _checks.in_range("weights", weights, 0.0, 1.0 + 1e-2)
     chosen = backends.select("read_memory", backend, memory, weights)
     if chosen == "reference" or needs_reference():
         return reference.read_memory(memory, weights)

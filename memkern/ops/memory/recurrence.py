@@ -72,6 +72,13 @@ def initial_memory_state(
             _checks.floating("memory", given, (slots, width))
         else:
             _checks.floating("memory", given, (batch, slots, width))
+    if device is not None and not isinstance(device, torch.device):
+        if not isinstance(device, str):
+            _checks.fail_type("device", "a torch.device or the name of one", device)
+        try:
+            device = torch.device(device)
+        except RuntimeError:
+            _checks.fail("device", "a torch.device or the name of one", device)
     return reference.initial_memory_state(batch, slots, width, read_heads, write_heads, device=device, memory=memory)
 
 
@@ -190,8 +197,7 @@ def _recur(
     step_mask = _arguments.check_step_mask(step_mask, lead, state.memory)
     exponent = _arguments.check_sharpness(sharpness, lead, sizes[3], state.memory)
     for name, flag in zip(("track_usage", "track_links", "deallocate", "detach_usage"), flags, strict=True):
-        if not isinstance(flag, bool):
-            _checks.fail_type(name, "a bool", flag)
+        _checks.flag(name, flag)
     if _checks.values_enabled():
         _arguments.check_values(state, interface, sharpness, step_mask)
     tensor = exponent if isinstance(exponent, Tensor) else None

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from memkern import backends
+from memkern.ops import _checks
 from memkern.ops._autograd import differentiable_backward, direct_apply, gradient_needed
 from memkern.ops._library import needs_reference
 from memkern.ops.routing._arguments import NO_CLAMP, check_route, plainly_fine
@@ -170,6 +171,7 @@ def route_experts(
 
     Source: Fedus, Zoph, Shazeer, "Switch Transformers" (2021), equations 1 and 4.
     """
+    _checks.flag("straight_through", straight_through)
     if (
         pooling == "mean"
         and pool_query is None
