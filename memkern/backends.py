@@ -7,8 +7,8 @@ implement it and for which dtypes. :func:`select` then takes the explicit choice
 Without a choice, CPU tensors go to ``cpp`` and CUDA tensors to what ``configs/dispatch.json`` says for the op, dtype
 and size, then to ``reference``.
 
-The process-wide choice is a plain module global: ``torch.compile`` guards it, so a change recompiles instead of being
-lost.
+The process-wide choice is a plain module global, and the environment is read at each call: ``torch.compile`` guards
+both, so a change recompiles instead of being lost.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ class BackendUnavailable(RuntimeError):
     """A known backend that was asked for cannot take this call; the message holds every backend's reason."""
 
 
-_forced: str | None = os.environ.get("MEMKERN_BACKEND") or None
+_forced: str | None = None
+# The dictionary behind os.environ, whose own lookup of what is not set raises and catches: a microsecond a call.
+_ENVIRONMENT: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_VARIABLE: Any = os.environ.encodekey("MEMKERN_BACKEND")  # type: ignore[attr-defined]
+_AS_SET: dict[Any, str | None] = {None: None, os.environ.encodevalue(""): None} | {  # type: ignore[attr-defined]
+    os.environ.encodevalue(name): name  # type: ignore[attr-defined]
+    for name in NAMES
+}
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {}
@@ -57,7 +64,7 @@ class use_backend:
     """Choose the backend of every operator in this process: ``use_backend("triton")``, or ``with use_backend("cpp"):``.
 
     Args:
-        name: one of ``memkern.backends.NAMES``; None returns to the automatic choice.
+        name: one of ``memkern.backends.NAMES``; None returns to ``MEMKERN_BACKEND``, else to the automatic choice.
 
     Raises:
         ValueError: ``name`` is not a backend.
@@ -163,6 +170,18 @@ def _order(op: str, tensor: Tensor) -> tuple[str, ...]:
     return ("cuda", "triton", "reference") if preference.get(size) == "cuda" else ("triton", "cuda", "reference")
 
 
+def _explicit(backend: str | None) -> str | None:
+    """The choice of the call, else of the process, else of the environment, else None."""
+    if backend is not None:
+        return backend
+    if _forced is not None:
+        return _forced
+    found = _ENVIRONMENT.get(_VARIABLE)
+    if found not in _AS_SET:
+        _check_name(os.environ["MEMKERN_BACKEND"], "MEMKERN_BACKEND")
+    return _AS_SET[found]
+
+
 def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     """The backend that takes this call. ``tensors``: the call's tensors, the one that names device and dtype first.
 
@@ -170,10 +189,10 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> str:
         ValueError: ``backend`` (or ``MEMKERN_BACKEND``) is no known name.
         BackendUnavailable: the explicit choice cannot take the call.
     """
-    chosen = backend if backend is not None else _forced
+    chosen = _explicit(backend)
     if chosen is not None:
         if chosen not in NAMES:
-            _check_name(chosen, "backend" if backend is not None else "MEMKERN_BACKEND")
+            _check_name(chosen, "backend")
         if _declines(op, chosen, tensors) is not None:
             raise BackendUnavailable(_refusal(op, chosen, tensors))
         return chosen
@@ -192,7 +211,7 @@ def select_on_cpu(op: str, backend: str | None, first: Tensor) -> str:
 
     For an operator without limits on sizes, and not under torch.compile, which would have to guard the memory.
     """
-    key = op, backend if backend is not None else _forced, first.dtype
+    key = op, _explicit(backend), first.dtype
     found = _ON_CPU.get(key)
     if found is None:
         found = _ON_CPU[key] = select(op, backend, first)
