@@ -103,9 +103,9 @@ def numbers(name: str, value: Any) -> Tensor:
         elif hasattr(value, "__array__"):
             import numpy as np
 
-            given = torch.tensor(np.ascontiguousarray(value))  # copied: an array may be read-only
+            given = torch.tensor(np.ascontiguousarray(value), device="cpu")  # copied: it may be read-only
         else:
-            given = torch.as_tensor(value)
+            given = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         kind = ValueError if isinstance(value, list | tuple) else TypeError
         raise kind(f"{name}: expected a tensor, an array or lists of numbers, got {type(value).__name__}") from error

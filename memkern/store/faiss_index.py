@@ -84,7 +84,8 @@ class FaissIndex:
             if parameters is None:
                 raise
             # Some indexes take no selector, such as product quantisation: no row is found.
-            return torch.full((len(queries), count), -torch.inf), torch.full((len(queries), count), -1)
+            scores = np.full((len(queries), count), -np.inf, dtype=np.float32)
+            slots = np.full((len(queries), count), -1)
         return torch.from_numpy(scores), torch.from_numpy(slots)
 
     def _build(self, ring: Ring) -> None:

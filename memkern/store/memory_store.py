@@ -71,7 +71,9 @@ class MemoryStore:
         self._ring = Ring(d_model, max_chunks, dtype, self.device)
         self._used = UsedIds()
         self._added = self._evicted = self._deleted = 0
-        self._score_matrix = torch.eye(d_model) if retrieval_method == "learned" else None
+        with torch.inference_mode(False):
+            identity = torch.eye(d_model, dtype=torch.float32, device="cpu")
+        self._score_matrix = identity if retrieval_method == "learned" else None
         self._version = 0
         self._rewrites = 0  # changes other than appending, after which an approximate index starts anew
         self._approximate: Any = None
@@ -337,9 +339,9 @@ class MemoryStore:
         if keep is None:
             return self._ring.live if self._ring.holes else None
         chosen = [slot for slot in self._ring.rows() if keep(dict(self._ring.metadata[slot] or {}))]
-        mask = torch.zeros(self._ring.capacity, dtype=torch.bool)
-        mask[torch.tensor(chosen, dtype=torch.int64)] = True
-        return mask.to(self.device)
+        mask = torch.zeros(self._ring.capacity, dtype=torch.bool, device=self.device)
+        mask[torch.tensor(chosen, dtype=torch.int64, device=self.device)] = True
+        return mask
 
     # Reading
 
@@ -445,7 +447,7 @@ class MemoryStore:
                     "inverse_norms": self._ring.inverse_norms[
                         torch.tensor(order, dtype=torch.int64, device=self.device)
                     ],
-                    "used_ids": torch.tensor(self._used.intervals, dtype=torch.int64).reshape(-1, 2),
+                    "used_ids": torch.tensor(self._used.intervals, dtype=torch.int64, device="cpu").reshape(-1, 2),
                 }
                 | ({} if self._score_matrix is None else {"score_matrix": self._score_matrix}),
                 records=(
@@ -466,13 +468,19 @@ class MemoryStore:
         Raises:
             FileNotFoundError: no store there. ValueError: a damaged or newer file, named.
         """
-        settings, tensors, records = persistence.load(Path(folder), mmap=mmap)
+        # Tensors of inference mode, in which a caller may be, could not be written to outside of it.
+        with torch.inference_mode(False):
+            return cls._load(Path(folder), mmap, device)
+
+    @classmethod
+    def _load(cls, folder: Path, mmap: bool, device: str | torch.device) -> MemoryStore:
+        settings, tensors, records = persistence.load(folder, mmap=mmap)
         try:
             counters = settings.pop("counters")
             added, evicted, deleted = counters["added"], counters["evicted"], counters["deleted"]
             store = cls(**settings | {"dtype": getattr(torch, settings["dtype"])}, device=device)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{Path(folder) / persistence.MANIFEST}: damaged: {error!r}") from error
+            raise ValueError(f"{folder / persistence.MANIFEST}: damaged: {error!r}") from error
         store._ring.adopt(tensors["embeddings"].to(store.device), tensors["inverse_norms"].to(store.device))
         for slot, record in enumerate(records):
             store._ring.describe(slot, record["id"], record["text"], record["token_ids"], record["metadata"])
@@ -496,7 +504,9 @@ class MemoryStore:
     def to_numpy(self) -> tuple[Any, Any]:
         """(ids (n,) int64, embeddings (n, d_model) float32) as NumPy arrays, oldest first."""
         with self._lock.read():
-            return torch.tensor(self.ids, dtype=torch.int64).numpy(), self.embeddings.float().cpu().numpy()
+            return torch.tensor(
+                self.ids, dtype=torch.int64, device="cpu"
+            ).numpy(), self.embeddings.float().cpu().numpy()
 
     @classmethod
     def from_numpy(

@@ -225,8 +225,11 @@ def _tensors(path: Path, mmap: bool) -> dict[str, Tensor]:
                 continue
             dtype, (begin, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
             count = (end - begin) // dtype.itemsize
-            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
-            found[name] = flat.to(dtype).view(entry["shape"])
+            if count:
+                flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin)
+            else:
+                flat = torch.empty(0, dtype=dtype, device="cpu")
+            found[name] = flat.view(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged: its header does not describe it: {error!r}") from error
     return found

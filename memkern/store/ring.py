@@ -29,9 +29,11 @@ class Ring:
 
     def _allocate(self, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.capacity = capacity
-        self.embeddings = torch.empty(capacity, width, dtype=dtype, device=device)
-        self.inverse_norms = torch.empty(capacity, dtype=torch.float32, device=device)
-        self.live = torch.zeros(capacity, dtype=torch.bool, device=device)
+        # Tensors of inference mode, in which a caller may be, could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.embeddings = torch.empty(capacity, width, dtype=dtype, device=device)
+            self.inverse_norms = torch.empty(capacity, dtype=torch.float32, device=device)
+            self.live = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.ids: list[int] = [-1] * capacity
         self.texts: list[str] = [""] * capacity
         self.token_ids: list[list[int] | None] = [None] * capacity

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from memkern.store import MemoryStore, semantic_search
+from memkern.store.embedders import HashingEmbedder
 
 
 def filled(count: int, width: int = 8, **settings: object) -> tuple[MemoryStore, torch.Tensor]:
@@ -244,6 +246,33 @@ def test_numbers_of_any_library() -> None:
     assert store.ids == [9, 21]
     assert np.int64(9) in store
     assert store.get(np.int64(9)).text == "reversed"
+
+
+def test_what_torch_is_set_to_changes_nothing(tmp_path: Path) -> None:
+    """Inference mode, whose tensors cannot be written to later; another default dtype; another default device."""
+    store = MemoryStore(3, retrieval_method="learned")
+    with torch.inference_mode():
+        store.clear()
+        store.add("inference", torch.ones(3))
+        store.save(tmp_path)
+        loaded = [MemoryStore.load(tmp_path, mmap=mmap) for mmap in (False, True)]
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        for each in (store, *loaded):
+            each.add("defaults", [1, 0, 0])
+            each.update(0, embedding=[0, 1, 0])
+            each.save(tmp_path)
+        made = MemoryStore(3, retrieval_method="learned")
+        made.merge(MemoryStore.load(tmp_path, mmap=True))
+        found = [each.search([1.0, 0, 0], 1, filter={"source": ""})[0] for each in (store, *loaded, made)]
+        row = HashingEmbedder(8).encode("a word")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert [(hit.text, hit.score) for hit in found] == [("defaults", 1.0)] * 4
+    assert (row.dtype, row.device.type) == (torch.float32, "cpu")
+    assert made.to_numpy()[1].tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_a_filter_by_values_meets_metadata_that_is_a_list() -> None:

@@ -58,7 +58,7 @@ class HashingEmbedder:
         check_kind(kind)
         if isinstance(texts, str):
             return self.encode([texts], kind)[0]
-        rows = torch.zeros(len(texts), self._d_model)
+        rows = torch.zeros(len(texts), self._d_model, dtype=torch.float32, device="cpu")
         for row, text in enumerate(texts):
             buckets: dict[int, float] = {}
             for feature, count in self._features(text).items():
@@ -67,7 +67,8 @@ class HashingEmbedder:
                 bucket = number % self._d_model
                 buckets[bucket] = buckets.get(bucket, 0.0) + sign * (1 + math.log(count)) * self._weight(feature)
             if buckets:
-                rows[row, torch.tensor(list(buckets))] = torch.tensor(list(buckets.values()))
+                weights = torch.tensor(list(buckets.values()), dtype=torch.float32, device="cpu")
+                rows[row, torch.tensor(list(buckets), device="cpu")] = weights
         return torch.nn.functional.normalize(rows, dim=1)
 
     def _weight(self, feature: str) -> float:

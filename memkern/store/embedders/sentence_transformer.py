@@ -44,7 +44,7 @@ class SentenceTransformerEmbedder:
         if isinstance(texts, str):
             return self.encode([texts], kind)[0]
         if not texts:
-            return torch.zeros(0, self.d_model)
+            return torch.zeros(0, self.d_model, dtype=torch.float32, device="cpu")
         rows = self.model.encode(
             [self.prompts[kind] + text for text in texts],
             convert_to_tensor=True,

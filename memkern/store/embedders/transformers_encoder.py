@@ -79,7 +79,7 @@ class TransformersEmbedder:
         finally:
             self.model.train(training)
         if not rows:
-            return torch.zeros(0, self.d_model)
+            return torch.zeros(0, self.d_model, dtype=torch.float32, device="cpu")
         return torch.nn.functional.normalize(torch.cat(rows), dim=1)
 
     def _pool(self, ids: Tensor, mask: Tensor) -> Tensor:
