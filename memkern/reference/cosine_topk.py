@@ -192,7 +192,8 @@ def score_rows(
     # Gathered in the computing dtype, so that several gradients of one row add up before they are rounded.
     source = database.to(dtype) if torch.is_grad_enabled() else database
     rows = torch.where(found[..., None], source[group, place].to(dtype), 0.0)
-    wide = queries.to(dtype)[:, :, None]
+    # A query that found nothing, such as one with NaN, gets no gradient.
+    wide = torch.where(found.any(-1, keepdim=True), queries.to(dtype), 0.0)[:, :, None]
     if normalized:
         inverse = None
     else:
