@@ -52,7 +52,7 @@ _LIMITS: dict[tuple[str, str], Limit] = {}
 _MISSING: dict[tuple[str, str], str] = {}
 _PREFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "configs" / "dispatch.json").read_text())["ops"]
 _warned: set[tuple[str, str]] = set()
-_ON_CPU: dict[tuple[str, str | None, torch.dtype], str] = {}
+_ON_CPU: dict[tuple[Any, ...], str] = {}
 
 
 def _check_name(name: str, origin: str) -> None:
@@ -211,7 +211,7 @@ def select_on_cpu(op: str, backend: str | None, first: Tensor) -> str:
 
     For an operator without limits on sizes, and not under torch.compile, which would have to guard the memory.
     """
-    key = op, _explicit(backend), first.dtype
+    key = op, backend, _forced, _ENVIRONMENT.get(_VARIABLE), first.dtype
     found = _ON_CPU.get(key)
     if found is None:
         found = _ON_CPU[key] = select(op, backend, first)
