@@ -19,12 +19,22 @@ def one_of(name: str, value: Any, known: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
 
 
-def whole(name: str, value: Any, least: int) -> None:
-    """``value`` is an int >= ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def as_int(value: Any) -> int | None:
+    """An int of any library as Python's; None for what is none, True and False among it."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """``value``, an int >= ``least`` of any library, as Python's."""
+    found = as_int(value)
+    if found is None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if found < least:
+        raise ValueError(f"{name}: expected at least {least}, got {found}")
+    return found
 
 
 def number(name: str, value: Any) -> float:
@@ -82,11 +92,8 @@ def several_ids(ids: Any) -> list[Any]:
 
 def new_id(value: Any) -> int:
     """An id that the caller gives a chunk, as an int."""
-    try:
-        id = operator.index(value)
-    except TypeError:
-        id = None
-    if id is None or isinstance(value, bool):
+    id = as_int(value)
+    if id is None:
         raise TypeError(f"ids: expected ints, got {type(value).__name__} {value!r}")
     if id < 0:
         raise ValueError(f"ids: expected ids >= 0, got {id}")

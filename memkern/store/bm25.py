@@ -36,7 +36,7 @@ class BM25:
 
     def search(self, query: str, top_k: int = 5) -> list[tuple[Hashable, float]]:
         """(id, score) of the best documents, best first; documents that share no word with the query are left out."""
-        whole("top_k", top_k, 1)
+        top_k = whole("top_k", top_k, 1)
         if self._index is None:
             return []
         count = min(top_k, len(self._ids))

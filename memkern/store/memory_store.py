@@ -57,8 +57,8 @@ class MemoryStore:
         eviction: str = "ring",
         device: str | torch.device = "cpu",
     ) -> None:
-        for name, value in (("d_model", d_model), ("max_chunks", max_chunks)):
-            _arguments.whole(name, value, 1)
+        d_model = _arguments.whole("d_model", d_model, 1)
+        max_chunks = _arguments.whole("max_chunks", max_chunks, 1)
         one_of("dtype", dtype, DTYPES)
         one_of("retrieval_method", retrieval_method, METHODS)
         one_of("eviction", eviction, EVICTIONS)
@@ -255,7 +255,7 @@ class MemoryStore:
     ) -> list[list[Hit]]:
         """:meth:`search` for (n, d_model) queries: a list per row."""
         rows = self._embeddings("queries", queries, None)
-        _arguments.whole("top_k", top_k, 1)
+        top_k = _arguments.whole("top_k", top_k, 1)
         least = -math.inf if threshold is None else _arguments.number("threshold", threshold)
         keep = None if filter is None else _arguments.matcher(filter)
         with self._lock.read(), torch.no_grad():

@@ -229,7 +229,7 @@ def test_bad_input_evicts_and_updates_nothing() -> None:
 
 
 def test_numbers_of_any_library() -> None:
-    store = MemoryStore(3)
+    store = MemoryStore(np.int64(3), np.int32(100))
     store.add("list", [1, 0, 0])
     store.add("array", np.array([0, 1.0, 0]), id=np.int64(7))
     store.add_batch(["tensors", "reversed"], [torch.ones(3), torch.zeros(3)])
@@ -237,7 +237,7 @@ def test_numbers_of_any_library() -> None:
     assert store.add_batch([], []) == []
     assert store.ids == [0, 7, 8, 9, 20, 21]
     assert all(type(id) is int for id in store.ids)
-    assert store.search([0, 0, 1], 1)[0].text == "x"
+    assert store.search([0, 0, 1], np.int64(1))[0].text == "x"
     assert [len(hits) for hits in semantic_search([torch.ones(3), torch.ones(3)], store, 2)] == [2, 2]
     assert semantic_search(np.array([0, 0, 1.0]), store, 1)[0][0]["corpus_id"] == 20
     store.delete(np.int64(20))
