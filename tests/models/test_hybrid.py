@@ -205,6 +205,20 @@ class TestForward:
         assert not any("memory_layers" in name for name, _ in model.named_parameters())
 
 
+class TestAbsolutePositions:
+    def test_padding_does_not_move_what_is_written_and_a_long_input_is_named(self):
+        text = GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=12, bos_token_id=0, eos_token_id=0)
+        model = HybridTransformerModel(HybridTransformerConfig(text, memory_slots=2, chunk_size=2)).eval()
+        ids = torch.randint(1, 30, (1, 6), generator=torch.Generator().manual_seed(0))
+        padded, mask = torch.nn.functional.pad(ids, (4, 0)), torch.tensor([[0] * 4 + [1] * 6])
+        first = model.write_external_memory(ids)[0]
+        second = model.write_external_memory(padded, mask)[0]
+        index = model.external_memory._index
+        torch.testing.assert_close(index[:, :, first], index[:, :, second])
+        with pytest.raises(ValueError, match="input_ids: expected at most 12 tokens"):
+            model(torch.ones(1, 13, dtype=torch.int64))
+
+
 class TestTraining:
     def test_after_one_step_every_memory_parameter_gets_gradient(self, kind):
         model = built(kind, use_gated_retrieval=True, gate_input="token").train()

@@ -236,6 +236,44 @@ class TestGate:
         model.reset_memory()
         assert torch.equal(model(ids, document_ids=documents).logits, plain)
 
+    @pytest.mark.parametrize("gate_input", ["scalar", "token"])
+    def test_a_document_without_chunks_is_a_call_without_the_bank(self, gate_input):
+        model = built(use_internal_memory=True, gate_input=gate_input)
+        with torch.no_grad():
+            gate(model).internal_proj.weight.normal_(std=0.5)
+        ids = tokens(2, 5)
+        model.write_external_memory(ids[:1], document_ids=torch.tensor([1]))
+        plain = model(ids, use_external_memory=False).logits
+        found = model(ids, document_ids=torch.tensor([1, 2], dtype=torch.int32)).logits
+        torch.testing.assert_close(found[1], plain[1])
+        assert not torch.allclose(found[0], plain[0])
+        with pytest.raises(ValueError, match="document_ids: expected integers"):
+            model(ids, document_ids=torch.tensor([1.0, 2.0]))
+
+    def test_rows_without_ids_are_other_documents_in_a_batch_of_another_size(self):
+        model = built()
+        model.write_external_memory(tokens(2, 12, seed=1))
+        ids = tokens(2, 5)
+        plain = model(ids, use_external_memory=False).logits
+        model(ids)
+        model.external_memory.set_threshold(1.0)
+        assert not torch.equal(model(ids).logits, plain)
+        torch.testing.assert_close(model(ids[:1]).logits, plain[:1])
+
+    @pytest.mark.parametrize("gate_input", ["scalar", "token"])
+    def test_a_threshold_of_zero_opens_every_gate(self, gate_input):
+        model = built(gate_input=gate_input)
+        model.write_external_memory(tokens(1, 12, seed=1))
+        ids, seen = tokens(1, 5), []
+        with torch.no_grad():
+            gate(model).g_retrieve.fill_(-2000.0)
+        model.external_memory.set_threshold(0.0)
+        gate(model).external_proj.register_forward_hook(lambda *args: seen.append(args))
+        model(ids)
+        assert len(seen) == 1
+        kept = gate(model).cache.get(model._anonymous(1, ids.device), model.external_memory.epoch)
+        assert (kept >= 0).all()
+
     def test_slots_that_changed_hands_are_not_served(self):
         model = built(external_memory_size=16)
         model.write_external_memory(tokens(1, 16, seed=1), document_ids=torch.tensor([1]))

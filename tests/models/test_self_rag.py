@@ -361,6 +361,24 @@ class TestForward:
         torch.testing.assert_close(loss, found.loss)
         assert logits.shape == found.logits.shape
 
+    def test_a_row_past_the_backbones_positions_keeps_its_last_tokens(self):
+        model = built("gpt2", max_seq_len=64)
+        long = tokens(2, 70)
+        mask = torch.ones_like(long)
+        mask[1, 66:] = 0
+        rows = (long[0, -64:], long[1, 2:66])
+        for empty in (True, False):
+            if not empty:
+                filled(model)
+            embedded, found = model.embed(long, mask), model(long, mask, labels=long, use_memory=not empty)
+            for i, row in enumerate(rows):
+                torch.testing.assert_close(embedded[i], model.embed(row[None])[0], rtol=1e-5, atol=1e-5)
+                if empty:
+                    alone = model(row[None], use_memory=False).logits[0]
+                    torch.testing.assert_close(found.logits[i], alone, rtol=1e-4, atol=1e-5)
+            assert found.logits.shape[1] == 64
+            assert model.generate(long, mask, max_new_tokens=2, eos_token_id=None).shape == (2, 72)
+
     def test_what_is_predicted_does_not_choose_the_chunks(self):
         model = built(top_k=1)
         filled(model)

@@ -264,8 +264,8 @@ class ExternalMemoryBank:
         entry = self._entries.get(id)
         if entry is None:
             raise KeyError(f"no entry has id {id!r}")
-        self._hide(entry["slots"])
         slots = self._write_text(text, entry.get("document_id"))
+        self._hide(entry["slots"])
         self._entries[id] = {**entry, "inp_txt": text, "slots": slots, "deleted": False}
         self._owners |= dict.fromkeys(slots, id)
 

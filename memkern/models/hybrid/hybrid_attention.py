@@ -131,6 +131,7 @@ class HybridMemoryAttention(nn.Module):
     def forward(self, normed: Tensor, attention: Tensor, call: MemoryCall) -> Tensor:
         """(B, T, D) input of the attention and its output to the output with memory."""
         sources: list[Tensor | None] = [None, None, None]
+        found: Tensor | None = None  # (B, T) positions that read the bank
         if self.internal is not None and call.memory is not None:
             memory = call.memory[:, self.layer]
             context, fresh = self.internal(attention, memory, call.token_mask)
@@ -142,39 +143,36 @@ class HybridMemoryAttention(nn.Module):
             if call.capture is not None:
                 call.capture[self.layer] = attention.detach()
             elif call.external and self.bank.is_ready():
-                external = self._retrieve(normed, attention, call, self.bank)
-                if external is not None:
-                    sources[EXTERNAL] = self.external_proj(external)
+                slots = self._retrieve(normed, attention, call, self.bank)
+                if slots is not None:
+                    found = (slots >= 0).any(3).any(1)
+                    sources[EXTERNAL] = self.external_proj(self._context(normed, attention, slots, self.bank))
         if all(source is None for source in sources):
             return attention
         # Attention enters whole and takes its share of the weights as a source of zeros, so that projections that are
         # zero leave it bit for bit.
         sources[SELF] = attention.new_zeros(()).expand_as(attention)
-        return attention + fuse_sources(sources, self.fusion_gate(normed), backend=self.backend).to(attention.dtype)
+        shares = self.fusion_gate(normed)
+        if found is not None:
+            # A position that reads nothing has no such source: it would take its share of the others' weight.
+            external = torch.where(found[..., None], shares[..., EXTERNAL:], -math.inf)
+            shares = torch.cat((shares[..., :EXTERNAL], external), -1)
+        return attention + fuse_sources(sources, shares, backend=self.backend).to(attention.dtype)
 
     # Retrieval
 
     def _retrieve(self, normed: Tensor, attention: Tensor, call: MemoryCall, bank: ExternalMemoryBank) -> Tensor | None:
-        """(B, T, D) context from the bank, or None when the gate is closed and nothing is kept for these documents."""
+        """(B, H, T, n) slots that each position reads, -1 for none; None from a closed gate that kept nothing."""
         if self.gate_input == "token":
             return self._retrieve_by_token(normed, attention, call, bank)
         if self.gate_input is None:
-            slots = self._search(attention, call, bank)
-            return self._attend(attention, slots, bank)
+            return self._search(attention, call, bank)
         if self.layer in call.open:
             slots = self._search(attention, call, bank)
             self.cache.put(call.rows, self._last(slots, call), bank.epoch)
-            context = self._attend(attention, slots, bank)
-            if self.training or self.scales_inference:
-                context = torch.sigmoid(self.g_retrieve.float()).to(context.dtype) * context
-            return context
+            return slots
         kept = self.cache.get(call.rows, bank.epoch) if len(self.cache) else None
-        if kept is None:
-            return None
-        context = self._attend(attention, kept[:, :, None].expand(-1, -1, attention.shape[1], -1), bank)
-        if self.scales_inference:
-            context = torch.sigmoid(self.g_retrieve.float()).to(context.dtype) * context
-        return context
+        return None if kept is None else kept[:, :, None].expand(-1, -1, attention.shape[1], -1)
 
     def _retrieve_by_token(
         self, normed: Tensor, attention: Tensor, call: MemoryCall, bank: ExternalMemoryBank
@@ -184,10 +182,10 @@ class HybridMemoryAttention(nn.Module):
         Decided on the device, so the search and the attention always run; a closed token without an open one before it
         has no pair to read. That saves the memory traffic of its keys, not the launches.
         """
-        gates = torch.sigmoid((self.g_retrieve + self.token_gate(normed)).float())  # (B, T, 1)
         slots = self._search(attention, call, bank)
-        if not self.training:
-            is_open = gates[..., 0] > bank.get_threshold()
+        threshold = bank.get_threshold()
+        if not self.training and threshold > 0:
+            is_open = self._gates(normed)[..., 0] > threshold
             places = torch.arange(is_open.shape[1], device=is_open.device)
             before = torch.where(is_open, places, -1).cummax(1).values  # the last open token up to each
             carried = slots.gather(2, before.clamp(min=0)[:, None, :, None].expand_as(slots))
@@ -195,9 +193,18 @@ class HybridMemoryAttention(nn.Module):
             older = -torch.ones_like(slots) if kept is None else kept[:, :, None].expand_as(slots)
             slots = torch.where((before >= 0)[:, None, :, None], carried, older)
         self.cache.put(call.rows, self._last(slots, call), bank.epoch)
+        return slots
+
+    def _gates(self, normed: Tensor) -> Tensor:
+        """sigmoid of the gate: (1,) of a scalar one, (B, T, 1) of tokens' own."""
+        logits = self.g_retrieve if self.gate_input == "scalar" else self.g_retrieve + self.token_gate(normed)
+        return torch.sigmoid(logits.float())
+
+    def _context(self, normed: Tensor, attention: Tensor, slots: Tensor, bank: ExternalMemoryBank) -> Tensor:
+        """(B, T, D) of what the positions read, times the gate."""
         context = self._attend(attention, slots, bank)
-        if self.training or self.scales_inference:
-            context = gates.to(context.dtype) * context
+        if self.gate_input is not None and (self.training or self.scales_inference):
+            context = self._gates(normed).to(context.dtype) * context
         return context
 
     def _search(self, attention: Tensor, call: MemoryCall, bank: ExternalMemoryBank) -> Tensor:
@@ -232,7 +239,9 @@ class HybridMemoryAttention(nn.Module):
         """Whether a call searches: decided on the host, before the layers run. True without a scalar gate."""
         if self.bank is None or self.gate_input != "scalar" or self.training:
             return True
-        return self.gate_value() > self.bank.get_threshold()
+        threshold = self.bank.get_threshold()
+        # Numbers far below zero round to a gate of 0, which a threshold of 0 opens all the same.
+        return threshold == 0 or self.gate_value() > threshold
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gate_value(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memkern.models._compat import CACHE, DictOutput, given_cache, init
 from memkern.models._devices import check_devices
 from memkern.models._losses import cross_entropy, shifted_cross_entropy
+from memkern.models._positions import position_limit
 from memkern.models.hybrid.configuration_hybrid import HybridTransformerConfig
 from memkern.models.hybrid.external_memory import BANK_FILE, ExternalMemoryBank
 from memkern.models.hybrid.hybrid_attention import INITIAL_GATE, HybridMemoryAttention, MemoryCall
@@ -311,6 +313,14 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
         for name, value in (("document_ids", document_ids), ("document_mask", document_mask)):
             if value is not None and value.shape != (batch,):
                 raise ValueError(f"{name}: expected ({batch},), got {list(value.shape)}")
+        total = length if attention_mask is None or attention_mask.dim() != 2 else attention_mask.shape[1]
+        limit = position_limit(self.backbone, total)
+        if limit is not None:
+            raise ValueError(f"input_ids: expected at most {limit} tokens, the backbone's positions, got {total}")
+        if document_ids is not None:
+            if document_ids.is_floating_point():
+                raise ValueError(f"document_ids: expected integers, got {document_ids.dtype}")
+            document_ids = document_ids.to(torch.int64)
         mask = None
         if attention_mask is not None and attention_mask.dim() == 2:
             mask = attention_mask[:, -length:].bool()
@@ -324,10 +334,14 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
         return MemoryCall(memory, mask, document_mask, document_ids, rows, external, opened)
 
     def _anonymous(self, batch: int, device: torch.device) -> Tensor:
-        """(B,) numbers for rows without a document, the same tensor from call to call."""
+        """(B,) numbers for rows without a document, the same tensor from call to call.
+
+        Batches of another size are other documents; no number is one that a caller would give.
+        """
         kept = self.__dict__.get("_anonymous_rows")
         if kept is None or kept.numel() != batch or kept.device != device:
-            kept = -1 - torch.arange(batch, device=device)
+            first = torch.iinfo(torch.int64).min + batch * (batch - 1) // 2
+            kept = torch.arange(first, first + batch, device=device)
             self.__dict__["_anonymous_rows"] = kept
         found: Tensor = kept
         return found
@@ -400,8 +414,13 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
         for module in training:
             module.training = False
         try:
-            mask = None if attention_mask is None else attention_mask.to(torch.int64)
-            self.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, memory_call=call)
+            arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, "memory_call": call}
+            if attention_mask is not None:
+                arguments["attention_mask"] = attention_mask.to(torch.int64)
+                if "position_ids" in inspect.signature(self.backbone.forward).parameters:
+                    # Counted over the text's own tokens, wherever its padding stands.
+                    arguments["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            self.backbone(**arguments)
         finally:
             for module in training:
                 module.training = True

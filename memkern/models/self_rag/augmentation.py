@@ -75,6 +75,13 @@ def augment_rows(
     )
 
 
+def last_tokens(input_ids: Tensor, attention_mask: Tensor | None, limit: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    """(B, T) inputs and mask to each row's last ``limit`` tokens, padded on the right."""
+    none: list[list[list[int]]] = [[] for _ in range(input_ids.shape[0])]
+    cut = augment_rows(input_ids, none, attention_mask, None, memory_id=0, separator_id=0, pad_id=pad_id, limit=limit)
+    return cut.input_ids, cut.attention_mask
+
+
 def _whole_marks(prefix: list[int], memory_id: int) -> list[int]:
     """Without a last mark that no token follows."""
     return prefix[:-1] if prefix and prefix[-1] == memory_id else prefix

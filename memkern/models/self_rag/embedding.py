@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from memkern.models._devices import check_devices
+from memkern.models._positions import position_limit
+from memkern.models.self_rag.augmentation import last_tokens
 from memkern.models.self_rag.pooling import pool
 from memkern.models.self_rag.tokens import Tokens
 
@@ -30,10 +32,14 @@ class Embedding(Tokens):
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, T) bool or 0/1, padding on either side.
+            attention_mask: (B, T) bool or 0/1, padding on either side. Where a backbone has fewer positions than a row
+                has tokens, the row's last ones count.
             differentiable: whether gradients flow; None: while training.
         """
         check_devices(self.backbone, "input_ids", input_ids, attention_mask=attention_mask)
+        limit = position_limit(self.backbone, input_ids.shape[1])
+        if limit is not None:
+            input_ids, attention_mask = last_tokens(input_ids, attention_mask, limit, self.pad_token_id)
         differentiable = self.training if differentiable is None else differentiable
         training = [module for module in self.backbone.modules() if module.training]
         for module in training:

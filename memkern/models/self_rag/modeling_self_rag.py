@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memkern.models._compat import CACHE, DictOutput, init
 from memkern.models._devices import check_devices
 from memkern.models._losses import shifted_cross_entropy
+from memkern.models._positions import position_limit
 from memkern.models.self_rag.augmentation import Augmented
 from memkern.models.self_rag.configuration_self_rag import SelfRAGConfig
 from memkern.models.self_rag.embedding_cache import EmbeddingCache
@@ -181,7 +182,8 @@ class SelfRAGModel(Generation, SelfRAGPreTrainedModel):
                 if query is None
                 else self._drop(self.retrieve(query, groups=memory_groups))
             )
-        if any(len(row) for row in retrieved):
+        limit = position_limit(self.backbone, input_ids.shape[1])
+        if any(len(row) for row in retrieved) or limit is not None:
             augmented = self.augment(input_ids, retrieved, attention_mask, labels)
         else:
             augmented = Augmented(input_ids, attention_mask, labels)  # type: ignore[arg-type]
