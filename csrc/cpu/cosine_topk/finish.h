@@ -94,20 +94,23 @@ class Finish {
   }
 
   void score(const Judge<T>& judge, const Pair* pairs, int64_t size, Survivors<A>* lists) {
-    constexpr int64_t kAhead = 4;
+    constexpr int64_t kAhead = 8;
     int64_t row = -1;
     A inverse = 0;
     for (int64_t i = 0; i < size; ++i) {
-      if (i + kAhead < size && pairs[i + kAhead].row != pairs[i + kAhead - 1].row) {
-        judge.prefetch_row(pairs[i + kAhead].row);
-      }
       const Pair& pair = pairs[i];
       if (pair.row != row) {
         row = pair.row;
         inverse = std::numeric_limits<A>::quiet_NaN();
       }
-      lists[pair.query].entries[pair.entry].upper =
-          judge.score(queries_ + pair.query * padded_, inverses_[pair.query], row, inverse);
+      const A* query = queries_ + pair.query * padded_;
+      const double query_inverse = inverses_[pair.query];
+      A& score = lists[pair.query].entries[pair.entry].upper;
+      if (i + kAhead < size && pairs[i + kAhead].row != pairs[i + kAhead - 1].row) {
+        score = judge.template score<true>(query, query_inverse, row, inverse, pairs[i + kAhead].row);
+      } else {
+        score = judge.score(query, query_inverse, row, inverse);
+      }
     }
   }
 

@@ -5,15 +5,30 @@
 namespace memkern::cpu::MK_NS {
 namespace {
 
+// Asks for the bytes of another row that lie where [i, i + count) lie in this one, null for none. Spread over the work on
+// a row: a burst of its lines would wait for places to be free.
+template <class T, bool Fetch>
+MK_INLINE void fetch_beside(const T* ahead, int64_t i, int64_t count) {
+  if constexpr (Fetch) {
+#pragma GCC unroll 4
+    for (int64_t byte = 0; byte < count * int64_t(sizeof(T)); byte += 64) {
+      prefetch_far(reinterpret_cast<const char*>(ahead + i) + byte);
+    }
+  }
+}
+
 // Scores are float(dot * row_inverse * query_inverse): four vectors of partial sums, added pairwise. The order depends
 // on the width alone, so that a pair has the same score wherever it is met.
-template <class T>
-__attribute__((noinline)) acc_t<T> ordered_dot(const acc_t<T>* query, const T* row, int64_t width) {
+// Fetch: `ahead` is a row that is wanted soon.
+template <class T, bool Fetch = false>
+__attribute__((noinline)) acc_t<T> ordered_dot(const acc_t<T>* query, const T* row, int64_t width,
+                                               const T* ahead = nullptr) {
   using A = acc_t<T>;
   constexpr int N = Vec<A>::N;
   Vec<A> sums[4] = {Vec<A>(A(0)), Vec<A>(A(0)), Vec<A>(A(0)), Vec<A>(A(0))};
   int64_t i = 0;
   for (; i + 4 * N <= width; i += 4 * N) {
+    fetch_beside<T, Fetch>(ahead, i, 4 * N);
     for (int s = 0; s < 4; ++s) sums[s] = fma(load(query + i + s * N), load(row + i + s * N), sums[s]);
   }
   for (int s = 0; i < width; i += N, ++s) {
@@ -68,15 +83,16 @@ __attribute__((noinline)) double squared_norm(const T* row, int64_t width) {
 }
 
 // Both at once: the row is read once, and the processor overlaps them. The bits are those of the two functions above.
-template <class T>
+template <class T, bool Fetch = false>
 __attribute__((noinline)) acc_t<T> ordered_dot_and_norm(const acc_t<T>* query, const T* row, int64_t width,
-                                                        double& squared) {
+                                                        double& squared, const T* ahead = nullptr) {
   using A = acc_t<T>;
   constexpr int N = Vec<A>::N;
   Vec<A> sums[4] = {Vec<A>(A(0)), Vec<A>(A(0)), Vec<A>(A(0)), Vec<A>(A(0))};
   VecD even[2] = {VecD(0.0), VecD(0.0)}, odd[2] = {VecD(0.0), VecD(0.0)};
   int64_t i = 0;
   for (; i + 4 * N <= width; i += 4 * N) {
+    fetch_beside<T, Fetch>(ahead, i, 4 * N);
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
       const Vec<A> x = load(row + i + s * N);

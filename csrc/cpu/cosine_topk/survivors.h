@@ -118,14 +118,19 @@ class Judge {
     return score(query_, scale_.inverse, row, unknown);
   }
 
-  // Of a query that was loaded to another place. `inverse`: 1 / |row|, or NaN until it is known.
-  A score(const A* query, double query_inverse, int64_t row, A& inverse) const {
+  // Of a query that was loaded to another place. `inverse`: 1 / |row|, or NaN until it is known. Fetch: meanwhile the row
+  // `ahead` is asked for.
+  template <bool Fetch = false>
+  A score(const A* query, double query_inverse, int64_t row, A& inverse, int64_t ahead = 0) const {
     const T* x = database_ + row * p_.database_stride[1];
-    if (p_.normalized) return ordered_dot(query, x, p_.width);
-    if (inverses_) return final_score(ordered_dot(query, x, p_.width), inverses_[row], query_inverse, false);
-    if (inverse == inverse) return final_score(ordered_dot(query, x, p_.width), inverse, query_inverse, false);
+    const T* y = database_ + ahead * p_.database_stride[1];
+    if (p_.normalized) return ordered_dot<T, Fetch>(query, x, p_.width, y);
+    if (inverses_) return final_score(ordered_dot<T, Fetch>(query, x, p_.width, y), inverses_[row], query_inverse, false);
+    if (inverse == inverse) {
+      return final_score(ordered_dot<T, Fetch>(query, x, p_.width, y), inverse, query_inverse, false);
+    }
     double squared;
-    const A dot = ordered_dot_and_norm(query, x, p_.width, squared);
+    const A dot = ordered_dot_and_norm<T, Fetch>(query, x, p_.width, squared, y);
     inverse = rounded_inverse<A>(squared);
     return final_score(dot, inverse, query_inverse, false);
   }
