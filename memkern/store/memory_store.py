@@ -124,6 +124,8 @@ class MemoryStore:
             ValueError: wrong shapes or lengths, NaN, an id that was used before or occurs twice, or a full store with
                 ``eviction="error"``. The store is then as it was.
         """
+        if isinstance(chunks, str):
+            raise TypeError(f"chunks: expected texts, got str {chunks!r}; add() takes one")
         chunks = [_arguments.text("chunks", chunk) for chunk in chunks]
         rows = self._embeddings("embeddings", embeddings, len(chunks))
         given_metas = [_arguments.mapping("metas", meta) for meta in aligned("metas", metas, len(chunks))]

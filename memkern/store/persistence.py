@@ -71,7 +71,7 @@ def _write(
     manifest = folder / f"{MANIFEST}.{secrets.token_hex(4)}.tmp"
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, embeddings)
-        with lines.open("w", encoding="utf-8") as file:
+        with lines.open("w", encoding="utf-8", errors="surrogatepass") as file:
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         described = {role: _describe(path) for role, path in (("embeddings", embeddings), ("records", lines))}
@@ -170,7 +170,7 @@ def _read(path: Path, content: bytes, mmap: bool) -> tuple[dict[str, Any], dict[
     if not complete:
         raise ValueError(f"{embeddings}: damaged: a tensor is missing or has the wrong shape")
     try:
-        with lines.open(encoding="utf-8") as file:
+        with lines.open(encoding="utf-8", errors="surrogatepass") as file:
             records = [json.loads(line) for line in file]
         fields = all(record.keys() >= _FIELDS for record in records)
     except (ValueError, AttributeError) as error:

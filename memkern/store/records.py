@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """A stored chunk; unpacks as ``text, embedding``. ``embedding`` is (d_model,), a copy, in the store's dtype."""
 
@@ -19,6 +20,15 @@ class Chunk:
     token_ids: list[int] | None
     embedding: Tensor
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Chunk):
+            return NotImplemented
+        mine, others = ((c.id, c.text, c.token_ids, c.metadata) for c in (self, other))
+        return mine == others and torch.equal(self.embedding, other.embedding)
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.text))
 
     def __iter__(self) -> Iterator[str | Tensor]:
         return iter((self.text, self.embedding))
@@ -30,9 +40,9 @@ class Hit:
 
     id: int
     text: str
-    token_ids: list[int] | None
+    token_ids: list[int] | None = field(hash=False)
     score: float
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __iter__(self) -> Iterator[str | float]:
         return iter((self.text, self.score))

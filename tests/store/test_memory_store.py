@@ -182,6 +182,7 @@ def test_zero_embedding_scores_zero_and_nan_is_refused() -> None:
         (lambda s: s.add("x", torch.ones(4), id=-1), ValueError, "ids >= 0"),
         (lambda s: s.add("x", torch.ones(4), id="a"), TypeError, "ids: expected ints"),
         (lambda s: s.add_batch([3], torch.ones(1, 4)), TypeError, "chunks: expected texts"),
+        (lambda s: s.add_batch("ab", torch.ones(2, 4)), TypeError, "chunks: expected texts"),
         (lambda s: s.search(torch.ones(3)), ValueError, "query: expected shape"),
         (lambda s: s.search(None), TypeError, "query: expected a tensor"),
         (lambda s: s.search(torch.ones(4), filter="x"), TypeError, "filter: expected a dict or a function"),
@@ -273,6 +274,17 @@ def test_what_torch_is_set_to_changes_nothing(tmp_path: Path) -> None:
     assert [(hit.text, hit.score) for hit in found] == [("defaults", 1.0)] * 4
     assert (row.dtype, row.device.type) == (torch.float32, "cpu")
     assert made.to_numpy()[1].tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+def test_records_compare_and_hash() -> None:
+    store = MemoryStore(2)
+    store.add_batch(["a", "b"], torch.eye(2), token_ids=[[1], None])
+    assert list(store) == [store.get(0), store.get(1)]
+    assert store.get(0) != store.get(1)
+    assert len({store.get(0), store.get(0), *store.search([1.0, 0.0]), *store.search([1.0, 0.0])}) == 3
+    before = store.get(0)
+    store.update(0, embedding=[0.0, 1.0])
+    assert (before != store.get(0), before != "a") == (True, True)
 
 
 def test_a_filter_by_values_meets_metadata_that_is_a_list() -> None:

@@ -55,6 +55,13 @@ def test_mapped_rows_are_private(tmp_path: Path) -> None:
     assert torch.equal(MemoryStore.load(tmp_path).embeddings, store.embeddings)
 
 
+def test_any_text_comes_back(tmp_path: Path) -> None:
+    store = MemoryStore(2)
+    store.add('half a pair \ud83d, a line\u2028end, "\r\n"', torch.ones(2), {"source": "\udcff", "n": None})
+    store.save(tmp_path)
+    assert list(MemoryStore.load(tmp_path)) == list(store)
+
+
 def test_empty_store(tmp_path: Path) -> None:
     for mmap in (False, True):
         MemoryStore(4).save(tmp_path)
