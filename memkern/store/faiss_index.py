@@ -49,6 +49,8 @@ class FaissIndex:
         except RuntimeError as error:
             raise ValueError(f"index: FAISS does not understand {name!r}") from error
         self._settings = name, width, retrieval_method
+        made_as = factory_string(name, 39)
+        self._keeps_rows = made_as.endswith("Flat") or (made_as.startswith("HNSW") and "_" not in made_as)
         self._lock = threading.Lock()
         self._rewrites = -1
         self._made_for = 0
@@ -61,7 +63,7 @@ class FaissIndex:
     def search(
         self, ring: Ring, rewrites: int, queries: Tensor, top_k: int, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(Q, k) scores and slots, -1 where there are fewer; FAISS decides what is near.
+        """(Q, k) scores and slots, -1 where there are fewer or what follows them ties; FAISS decides what is near.
 
         Args:
             rewrites: grows with every change of the rows that is no appending.
@@ -73,7 +75,8 @@ class FaissIndex:
             elif ring.size > self._index.ntotal:
                 self._append(ring)
             index = self._index
-        count = min(top_k, ring.size)
+        # One more than wanted shows whether a tie crosses the end.
+        count = min(top_k + 1, ring.size)
         parameters = None
         if allowed is not None:
             slots = allowed.nonzero().squeeze(1).cpu().numpy().astype(np.int64)
@@ -86,7 +89,19 @@ class FaissIndex:
             # Some indexes take no selector, such as product quantisation: no row is found.
             scores = np.full((len(queries), count), -np.inf, dtype=np.float32)
             slots = np.full((len(queries), count), -1)
-        return torch.from_numpy(scores), torch.from_numpy(slots)
+        return self._by_age(ring, torch.from_numpy(scores), torch.from_numpy(slots), top_k)
+
+    def _by_age(self, ring: Ring, scores: Tensor, slots: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The ``top_k`` best, ties to the older row. Where a tie goes on behind them, FAISS has left out rows by an
+        order of its own: of indexes that keep the rows themselves, such a query then finds nothing."""
+        age = torch.where(slots < 0, ring.capacity, (slots - ring.tail) % ring.capacity)
+        order = age.argsort(dim=1, stable=True)
+        scores, best = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+        slots = slots.gather(1, order).gather(1, best)
+        if self._keeps_rows and scores.shape[1] > top_k:
+            cut = (scores[:, top_k] == scores[:, top_k - 1]) & (slots[:, top_k] >= 0)
+            slots = torch.where(cut[:, None], -1, slots)
+        return scores[:, :top_k], slots[:, :top_k]
 
     def _build(self, ring: Ring) -> None:
         slots = np.fromiter(ring.rows(), dtype=np.int64, count=ring.size)

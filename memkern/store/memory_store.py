@@ -268,7 +268,8 @@ class MemoryStore:
             if self._approximate is not None:
                 chosen = None if keep is None else allowed  # what was deleted is not in the index
                 scores, slots = self._approximate.search(self._ring, self._rewrites, rows, count, chosen)
-                # An approximate index may look where too few rows are allowed; those queries are searched exactly.
+                # An approximate index may look where too few rows are allowed, or leave out the older of equal ones;
+                # those queries are searched exactly.
                 wanted = count if allowed is None else min(count, int(allowed.sum()))
                 short = (slots >= 0).sum(1) < wanted
                 if bool(short.any()):

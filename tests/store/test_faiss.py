@@ -77,6 +77,17 @@ def test_fewer_hits_only_where_there_are_fewer(index: str) -> None:
     assert (len(store), again.search(rows[0])) == (500, [])
 
 
+@pytest.mark.parametrize("index", ["faiss-flat", "faiss-hnsw", "IVF2,Flat"])
+def test_ties_go_to_the_older_chunk(index: str) -> None:
+    store = MemoryStore(8, 100, index=index)
+    store.add_batch([""] * 90, torch.randn(90, 8))
+    store.add_batch([""] * 30, torch.ones(30, 8))  # the ring wraps
+    exact = MemoryStore.from_numpy(store.to_numpy()[1], ids=store.ids)
+    for count in (3, 30, 40):
+        found, expected = ([hit.id for hit in each.search(torch.ones(8), count)][:30] for each in (store, exact))
+        assert found == expected
+
+
 def test_export_and_import() -> None:
     store = MemoryStore(8)
     rows = torch.randn(20, 8)
