@@ -44,7 +44,9 @@ template <class T>
 MK_INLINE void add_scaled(acc_t<T> factor, const T* row, acc_t<T>* sum, int64_t n) {
   using A = acc_t<T>;
   const Vec<A> factors(factor);
-  for_each_vec<A>(n, [&](int64_t i, auto count) { store(sum + i, fma(load_part(row + i, count), factors, load(sum + i))); });
+  for_each_vec<A>(n, [&](int64_t i, auto count) {
+    store(sum + i, fma(load_part(row + i, count), factors, load(sum + i)));
+  });
 }
 
 // row . x; x is padded.
@@ -122,7 +124,9 @@ template <class A>
 MK_INLINE A largest(const A* x, int64_t n) {
   constexpr A none = -std::numeric_limits<A>::infinity();
   Vec<A> best(none);
-  for_each_vec<A>(n, [&](int64_t i, auto count) { best = max_nan(best, fill_part(load_part(x + i, count), none, count)); });
+  for_each_vec<A>(n, [&](int64_t i, auto count) {
+    best = max_nan(best, fill_part(load_part(x + i, count), none, count));
+  });
   return reduce_max(best);
 }
 
