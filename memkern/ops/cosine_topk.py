@@ -214,10 +214,23 @@ def _check_search(
         _checks.fail_type("process_group", "a torch.distributed.ProcessGroup or None", process_group)
 
 
-def _check_values(queries: Tensor, database: Tensor, valid: Tensor | None, norms: Tensor | None) -> None:
-    per_row = valid is not None and valid.dim() == database.dim() - 1
+def _check_values(
+    queries: Tensor,
+    database: Tensor,
+    valid: Tensor | None,
+    query_group: Tensor | None,
+    row_group: Tensor | None,
+    norms: Tensor | None,
+) -> None:
+    """Under MEMKERN_CHECK=1: no NaN, rows apart that are a candidate of no query."""
+    candidates = valid if valid is None or valid.dim() == database.dim() - 1 else valid.any(-2)
+    if query_group is not None and row_group is not None:
+        searches = zip(*(ids.reshape(-1, ids.shape[-1]).unbind() for ids in (row_group, query_group)), strict=True)
+        wanted = [torch.isin(rows, asked) for rows, asked in searches]
+        same = torch.stack(wanted).reshape(row_group.shape) if wanted else row_group == 0
+        candidates = same if candidates is None else candidates & same
     _checks.no_nan("queries", queries)
-    _checks.no_nan("database", database, valid[..., None] if valid is not None and per_row else None)
+    _checks.no_nan("database", database, None if candidates is None else candidates[..., None])
     _checks.in_range("inverse_norms", norms, 0.0, torch.finfo(torch.float32).max)
 
 
@@ -281,7 +294,7 @@ def cosine_topk(
         process_group,
     )
     if _checks.values_enabled():
-        _check_values(queries, database, valid, inverse_norms)
+        _check_values(queries, database, valid, query_group, row_group, inverse_norms)
     chosen = backends.select("cosine_topk", backend, queries, database, inverse_norms)
     if queries.dim() == 2:
         found = _search(
