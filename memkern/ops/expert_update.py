@@ -424,7 +424,7 @@ def scatter_slots(
     _check_ids(sequence, "sequence", input_ids, slot_ids, slots.shape[1])
     if _checks.values_enabled():
         _checks.no_nan("sequence", sequence, ~torch.isin(input_ids, slot_ids)[..., None])
-        _checks.no_nan("slots", slots)
+        _checks.no_nan("slots", slots, (input_ids[..., None] == slot_ids).any(1)[..., None])
     chosen = backends.select("scatter_slots", backend, sequence, slots)
     if chosen == "reference" or needs_reference():
         return reference.scatter_slots(sequence, slots, input_ids, slot_ids)

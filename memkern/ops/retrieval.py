@@ -151,6 +151,23 @@ class _RetrievedAttention(torch.autograd.Function):
         )
 
 
+def _check_pairs(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor | None, mask: Tensor | None) -> None:
+    """Under MEMKERN_CHECK=1: no NaN in a pair that some query takes, and in a query that takes one."""
+    taken = mask
+    if indices is not None:
+        size = keys.shape[2]
+        inside = (indices >= 0) & (indices < size)
+        taken = inside if mask is None else inside & mask
+        rows = torch.where(taken, indices, size).flatten(2)
+        wanted = torch.zeros((*keys.shape[:2], size + 1), dtype=torch.bool, device=keys.device)
+        included: Tensor | None = wanted.scatter_(2, rows, True)[..., :size, None]
+    else:
+        included = None if mask is None else mask[..., None]
+    _checks.no_nan("queries", queries, None if taken is None else taken.any(-1, keepdim=True))
+    _checks.no_nan("keys", keys, included)
+    _checks.no_nan("values", values, included)
+
+
 def retrieved_attention(
     queries: Tensor,
     keys: Tensor,
@@ -195,9 +212,7 @@ def retrieved_attention(
     if scale is not None and not math.isfinite(scale):
         _checks.fail("scale", "a finite number", scale)
     if _checks.values_enabled():
-        included = mask[..., None] if mask is not None and indices is None else None
-        for name, value, part in (("queries", queries, None), ("keys", keys, included), ("values", values, included)):
-            _checks.no_nan(name, value, part)
+        _check_pairs(queries, keys, values, indices, mask)
     factor = (1 / math.sqrt(width) if width else 1.0) if scale is None else float(scale)
     chosen = backends.select("retrieved_attention", backend, queries, keys, values)
     if chosen == "reference" or needs_reference():
