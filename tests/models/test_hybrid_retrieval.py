@@ -126,6 +126,10 @@ class TestBank:
             bank.delete("mine")
         with pytest.raises(ValueError, match="id"):
             bank.add([{"id": "x", "inp_txt": "w1"}, {"id": "x", "inp_txt": "w2"}])
+        with pytest.raises(ValueError, match="inp_txt"):
+            bank.add(["w1", {"text": "w2"}])
+        assert len(bank) == bank.get_stats()["entries"] == 0
+        assert bank.get(bank.add("")[0])["inp_txt"] == ""
         bank.clear()
         assert not bank.is_ready()
 
@@ -176,6 +180,13 @@ class TestBank:
         )
         with pytest.raises(ValueError, match="chunk_size"):
             built(chunk_size=2).external_memory.load(tmp_path)
+        for name in ("external_memory.json", "external_memory.safetensors"):
+            kept = (tmp_path / name).read_bytes()
+            (tmp_path / name).write_bytes(kept[: len(kept) // 2])
+            with pytest.raises(ValueError, match=f"{name}: damaged"):
+                again.external_memory.load(tmp_path)
+            (tmp_path / name).write_bytes(kept)
+        assert len(again.external_memory) == len(model.external_memory)
 
 
 class TestGate:
@@ -235,6 +246,18 @@ class TestGate:
         torch.testing.assert_close(model(ids, document_ids=torch.tensor([7, 8])).logits, plain)
         model.reset_memory()
         assert torch.equal(model(ids, document_ids=documents).logits, plain)
+
+    def test_a_checkpoint_keeps_the_threshold_and_no_bank_that_was_cleared(self, tmp_path):
+        model = built()
+        model.external_memory.set_threshold(0.9)
+        for written in (0, 1, 0):
+            model.external_memory.clear()
+            if written:
+                model.write_external_memory(tokens(1, 12))
+            model.save_pretrained(tmp_path)
+            loaded = HybridTransformerModel.from_pretrained(tmp_path).external_memory
+            assert loaded.get_threshold() == 0.9
+            assert loaded.is_ready() == bool(written)
 
     @pytest.mark.parametrize("gate_input", ["scalar", "token"])
     def test_a_document_without_chunks_is_a_call_without_the_bank(self, gate_input):

@@ -261,6 +261,13 @@ class TestMemory:
         found = model.retrieve(query, groups=["b", "a", "c"])
         assert [[hit.text for hit in row] for row in found] == [["b"], ["a"], []]
 
+    def test_a_text_without_tokens_is_stored_and_scores_nothing(self, kind):
+        model = built(kind)
+        empty, full = model.write_to_memory(["", "x"], [[], [3, 4]]), model.write_to_memory("", [])
+        assert len(model.memory) == 3
+        scores = {hit.id: hit.score for hit in model.retrieve(model.embed(tokens(1, 4)))[0]}
+        assert scores[empty[0]] == scores[full] == 0
+
     def test_without_tokens_or_tokenizer_the_argument_is_named(self):
         with pytest.raises(ValueError, match="token_ids"):
             built().write_to_memory("text")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -228,26 +229,29 @@ class ExternalMemoryBank:
             ValueError: no tokenizer, or an id that is there already.
         """
         listed: list[Any] = [entries] if isinstance(entries, str | Mapping) else list(entries)
-        ids = []
+        checked: dict[Any, dict[str, Any]] = {}
         for entry in listed:
             values: dict[str, Any] = {"inp_txt": entry} if isinstance(entry, str) else dict(entry)
-            if "inp_txt" not in values:
-                raise ValueError(f"entries: expected a text or a mapping with 'inp_txt', got {sorted(values)}")
+            if not isinstance(values.get("inp_txt"), str):
+                raise ValueError(f"entries: expected a text or a mapping with the text 'inp_txt', got {entry!r}")
             id = values.get("id")
             id = str(uuid.uuid4()) if id is None else id
-            if id in self._entries:
+            if id in self._entries or id in checked:
                 raise ValueError(f"id: {id!r} is there already; update it")
+            checked[id] = values
+        for id, values in checked.items():
             slots = self._write_text(values["inp_txt"], values.get("document_id"))
             self._entries[id] = {**values, "id": id, "slots": slots, "deleted": False}
             self._owners |= dict.fromkeys(slots, id)
-            ids.append(id)
-        return ids
+        return list(checked)
 
     def _write_text(self, text: str, document: int | None) -> list[int]:
         model = self._model[0]
         if model is None or self.tokenizer is None:
             raise ValueError("tokenizer: texts need a model with a tokenizer; write_external_memory takes token ids")
         ids = torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.int64)
+        if ids.numel() == 0:
+            return []
         documents = None if document is None else torch.tensor([document])
         slots: list[list[int]] = model.write_external_memory(ids.to(model.device), document_ids=documents)
         return slots[0]
@@ -355,10 +359,14 @@ class ExternalMemoryBank:
         """Read what :meth:`save` wrote into this bank.
 
         Raises:
-            FileNotFoundError: no bank there. ValueError: a newer file, or one of other sizes.
+            FileNotFoundError: no bank there. ValueError: a damaged or newer file, or one of other sizes. The bank is
+                then as it was.
         """
         path = Path(folder)
-        saved = json.loads((path / BANK_FILE).read_text())
+        try:
+            saved = json.loads((path / BANK_FILE).read_text())
+        except ValueError as error:
+            raise ValueError(f"{path / BANK_FILE}: damaged: {error}") from error
         if saved["version"] > FORMAT_VERSION:
             raise ValueError(f"{path / BANK_FILE}: version {saved['version']} is newer than {FORMAT_VERSION}")
         for name in ("heads", "head_dim", "layers", "chunk_size"):
@@ -366,7 +374,10 @@ class ExternalMemoryBank:
                 raise ValueError(f"{path / BANK_FILE}: {name} is {saved[name]}, expected {getattr(self, name)}")
         if saved["used"] > self.max_chunks:
             raise ValueError(f"{path / BANK_FILE}: {saved['used']} chunks, the bank holds {self.max_chunks}")
-        tensors = load_file(str(path / TENSOR_FILE), device=str(device or "cpu"))
+        try:
+            tensors = load_file(str(path / TENSOR_FILE), device=str(device or "cpu"))
+        except SafetensorError as error:
+            raise ValueError(f"{path / TENSOR_FILE}: damaged: {error}") from error
         self._empty()
         self._states, self._index = tensors.get("states"), tensors.get("index")
         self._lengths, self._documents, self._live = tensors["lengths"], tensors["documents"], tensors["live"]

@@ -470,11 +470,14 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Weights and configuration as ever; what the external memory holds goes into ``external_memory/``."""
+        self.config.retrieval_threshold = self.external_memory.get_threshold()
         super().save_pretrained(save_directory, *args, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
-        if self.external_memory.is_ready():
-            self.external_memory.save(Path(save_directory) / MEMORY_FOLDER)
+        folder = Path(save_directory) / MEMORY_FOLDER
+        # An empty bank too, where it follows one that was not.
+        if self.external_memory.is_ready() or (folder / BANK_FILE).exists():
+            self.external_memory.save(folder)
         if self.external_memory.tokenizer is not None:
             self.external_memory.tokenizer.save_pretrained(save_directory)
 

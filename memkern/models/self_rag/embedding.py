@@ -33,10 +33,12 @@ class Embedding(Tokens):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, T) bool or 0/1, padding on either side. Where a backbone has fewer positions than a row
-                has tokens, the row's last ones count.
+                has tokens, the row's last ones count. A row without tokens gives zeros.
             differentiable: whether gradients flow; None: while training.
         """
         check_devices(self.backbone, "input_ids", input_ids, attention_mask=attention_mask)
+        if input_ids.numel() == 0:
+            return torch.zeros(input_ids.shape[0], self.config.d_model, device=input_ids.device)
         limit = position_limit(self.backbone, input_ids.shape[1])
         if limit is not None:
             input_ids, attention_mask = last_tokens(input_ids, attention_mask, limit, self.pad_token_id)

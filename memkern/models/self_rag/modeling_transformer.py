@@ -101,7 +101,7 @@ class SelfRAGAttention(nn.Module):
     def forward(
         self, hiddens: Tensor, attention_mask: Any, positions: tuple[Tensor, Tensor], cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        shape = (*hiddens.shape[:-1], -1, self.config.head_dim)
+        shape = (*hiddens.shape[:-1], hiddens.shape[-1] // self.config.head_dim, self.config.head_dim)
         query, key, value = (p(hiddens).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(query, *positions), rotate(key, *positions)
         if cache is not None:
