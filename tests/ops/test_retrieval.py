@@ -74,7 +74,7 @@ def test_dtypes(backend: Any, dtype: torch.dtype, make: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize("width", [16, 32, 64, 96, 128])
 def test_rows_of_whole_vectors(backend: Any, width: int, dtype: torch.dtype) -> None:
     """Queries by twos, one lane shorter than the other, and pairs that fill no group: a form of the CPU kernel."""
     if backend.name != "cpp":

@@ -97,8 +97,8 @@ __attribute__((noinline)) void dense_forward_of(const RetrievedAttention& p, int
         for (int v = 0; v < V; ++v) store(out + v * N, sum[l][v] * inverse);
         static_cast<A*>(p.lse)[done[l]] = best[l] + log(Vec<A>(mass[l]))[0];
       }
-      best[l] = largest(weight[l], pairs);
-      mass[l] = exponentials(weight[l], pairs, best[l]);
+      best[l] = largest_inline(weight[l], pairs);
+      mass[l] = exponentials_inline(weight[l], pairs, best[l]);
     }
   }
 }
@@ -115,6 +115,7 @@ bool dense_forward(const RetrievedAttention& p) {
   constexpr int N = Vec<acc_t<T>>::N;
   void (*of)(const RetrievedAttention&, int64_t, int64_t) = p.width == 2 * N   ? dense_forward_of<T, 2>
                                                             : p.width == 4 * N ? dense_forward_of<T, 4>
+                                                            : p.width == 6 * N ? dense_forward_of<T, 6>
                                                             : p.width == 8 * N ? dense_forward_of<T, 8>
                                                                                : nullptr;
   const int64_t rows = p.batch * p.heads * p.count;

@@ -90,7 +90,7 @@ void mix(const T* rows, const int64_t* at, const acc_t<T>* weight, int64_t n, in
 
 // x[i] = exp(x[i] - base); returns their sum.
 template <class A>
-MK_INLINE A exponentials(A* x, int64_t n, A base) {
+MK_INLINE A exponentials_inline(A* x, int64_t n, A base) {
   Vec<A> sum(A(0));
   for_each_vec<A>(n, [&](int64_t i, auto count) {
     const Vec<A> e = exp(load_part(x + i, count) - base);
@@ -98,6 +98,11 @@ MK_INLINE A exponentials(A* x, int64_t n, A base) {
     sum += load_part(x + i, count);
   });
   return reduce_sum(sum);
+}
+
+template <class A>
+A exponentials(A* x, int64_t n, A base) {
+  return exponentials_inline(x, n, base);
 }
 
 // slope[i] = weight[i] (slope[i] - sum_j weight[j] slope[j]): the gradient of a softmax.
@@ -119,9 +124,18 @@ MK_INLINE A larger(A a, A b) {
   return b > a || b != b ? b : a;
 }
 
-// NaN when there is one, -inf for none.
+// NaN when there is one, -inf for none. Of the few values of a turn one by one is fastest: a vector of them could not be
+// loaded before the last of their stores is through.
 template <class A>
-MK_INLINE A largest(const A* x, int64_t n) {
+A largest(const A* x, int64_t n) {
+  A best = -std::numeric_limits<A>::infinity();
+  for (int64_t i = 0; i < n; ++i) best = larger(best, x[i]);
+  return best;
+}
+
+// The same of many.
+template <class A>
+MK_INLINE A largest_inline(const A* x, int64_t n) {
   constexpr A none = -std::numeric_limits<A>::infinity();
   Vec<A> best(none);
   for_each_vec<A>(n, [&](int64_t i, auto count) {
