@@ -21,6 +21,7 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="One seed, four arms, about a minute.")] = False,
     babi: Annotated[Path | None, typer.Option(help="Folder of English bAbI files: the harder rung.")] = None,
     task: Annotated[int, typer.Option(help="bAbI task.", min=1, max=3)] = 1,
+    long: Annotated[bool, typer.Option("--long", help="bAbI with four times the steps, minutes a run.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes side by side, one thread each.", min=1)] = 1,
     folder: Annotated[Path, typer.Option(help="Results, table and plot go here; a second call goes on.")] = Path(
         "out/recall"
@@ -35,18 +36,20 @@ def command(
     from memkern.training.gmm_recall.protocol import babi_protocol, pointer_protocol, quick_protocol
 
     out = console()
+    if long and babi is None:
+        raise typer.BadParameter("--long needs --babi")
     with named_errors(OSError):
         if quick:
             protocol = quick_protocol(steps)
         elif babi is not None:
-            protocol = babi_protocol(babi, task, steps)
+            protocol = babi_protocol(babi, task, steps, long=long)
         else:
             protocol = pointer_protocol(steps)
         if arm:
             protocol = protocol.replaced(arms=tuple(arm))
         if seed:
             protocol = protocol.replaced(seeds=tuple(seed))
-        name = protocol.file_name + ("-quick" if quick else "")
+        name = protocol.file_name + ("-quick" if quick else "-long" if long else "")
         total = len(protocol.arms) * len(protocol.seeds)
         out.print(f"{total} runs to evaluate, {len(protocol.trained) * len(protocol.seeds)} to train")
 
