@@ -217,6 +217,8 @@ class TestAbsolutePositions:
         torch.testing.assert_close(index[:, :, first], index[:, :, second])
         with pytest.raises(ValueError, match="input_ids: expected at most 12 tokens"):
             model(torch.ones(1, 13, dtype=torch.int64))
+        with pytest.raises(ValueError, match="input_ids: expected at most 12 tokens"):
+            model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
 class TestTraining:

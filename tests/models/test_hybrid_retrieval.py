@@ -99,7 +99,7 @@ class TestBank:
         nothing = model(ids, document_ids=torch.tensor([8, 9])).logits
         torch.testing.assert_close(nothing, model(ids, use_external_memory=False).logits)
 
-    def test_entries(self, tokenizer):
+    def test_entries(self, tokenizer, tmp_path):
         model = built()
         bank = model.external_memory
         with pytest.raises(ValueError, match="tokenizer"):
@@ -129,6 +129,8 @@ class TestBank:
         with pytest.raises(ValueError, match="inp_txt"):
             bank.add(["w1", {"text": "w2"}])
         assert len(bank) == bank.get_stats()["entries"] == 0
+        model.save_pretrained(tmp_path)
+        bank = HybridTransformerModel.from_pretrained(tmp_path).external_memory
         assert bank.get(bank.add("")[0])["inp_txt"] == ""
         bank.clear()
         assert not bank.is_ready()

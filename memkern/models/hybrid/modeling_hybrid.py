@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memkern.models._compat import CACHE, DictOutput, given_cache, init
@@ -256,7 +256,7 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
             document_ids=document_ids,
             document_mask=document_mask,
         )
-        call = self._call(given, attention_mask, memory_state, document_ids, document_mask, use_external_memory)
+        call = self._call(given, attention_mask, memory_state, document_ids, document_mask, use_external_memory, past)
         if self._frozen_caches is not None and (past is None or past.get_seq_length() == 0):
             # Generation without a key-value cache starts over at each token: so do the gates' contexts.
             for name, kept in self._frozen_caches.items():
@@ -308,12 +308,15 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
         document_ids: Tensor | None,
         document_mask: Tensor | None,
         external: bool,
+        past: Any = None,
     ) -> MemoryCall:
         batch, length = given.shape[:2]
         for name, value in (("document_ids", document_ids), ("document_mask", document_mask)):
             if value is not None and value.shape != (batch,):
                 raise ValueError(f"{name}: expected ({batch},), got {list(value.shape)}")
-        total = length if attention_mask is None or attention_mask.dim() != 2 else attention_mask.shape[1]
+        seen = 0 if past is None else past.get_seq_length()
+        # A cache of fixed size counts on the device, which is not asked; what generates with it builds it to fit.
+        total = length + seen if isinstance(seen, int) else length
         limit = position_limit(self.backbone, total)
         if limit is not None:
             raise ValueError(f"input_ids: expected at most {limit} tokens, the backbone's positions, got {total}")
@@ -483,12 +486,14 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load a checkpoint of ours with its external memory, or a bare backbone's, which gets fresh memories."""
+        """Load a checkpoint of ours with its external memory and tokenizer, or a bare backbone's with fresh memories."""
         loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        folder = Path(path) / MEMORY_FOLDER
-        if (folder / BANK_FILE).exists():
-            model.external_memory.load(folder, model.device)
+        folder = Path(path)
+        if (folder / MEMORY_FOLDER / BANK_FILE).exists():
+            model.external_memory.load(folder / MEMORY_FOLDER, model.device)
+        if model.external_memory.tokenizer is None and (folder / "tokenizer_config.json").exists():
+            model.external_memory.tokenizer = AutoTokenizer.from_pretrained(folder)
         return loaded
 
 
