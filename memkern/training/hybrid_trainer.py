@@ -14,7 +14,7 @@ from torch import Tensor
 from memkern.models.hybrid import HybridTransformerModel
 from memkern.models.hybrid.modeling_hybrid import MEMORY_FOLDER
 from memkern.training.rag_config import RAGTrainingConfig
-from memkern.training.rag_data import Item, RAGBatch, collate, leaks, predicted_texts
+from memkern.training.rag_data import Item, RAGBatch, collate, leak_test
 from memkern.training.rag_trainer import RAGTrainer
 
 
@@ -103,13 +103,13 @@ class HybridTrainer(RAGTrainer):
 
     def _write(self, batch: RAGBatch) -> None:
         """Every row's context into the bank, under the row's number."""
-        model, predicted = self.model, predicted_texts(batch.labels)
+        model, gives_away = self.model, leak_test(batch)
         model.external_memory.clear()
         model.reset_gates()
         rows, chunks = [], []
         for row, context in enumerate(batch.chunks):
             for chunk in context:
-                if leaks(chunk, predicted):
+                if gives_away(chunk):
                     self.state.dropped_chunks += 1
                 else:
                     rows.append(row)
@@ -118,7 +118,7 @@ class HybridTrainer(RAGTrainer):
             return
         ids = torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(chunk) for chunk in chunks], batch_first=True)
-        model.write_external_memory(ids.to(self.device), mask.to(self.device), torch.tensor(rows))
+        model.write_external_memory(ids.to(self.device), mask.to(self.device), torch.tensor(rows, device=self.device))
 
     def collate(self, items: Sequence[Item]) -> RAGBatch:
         return collate(items, self.model.config.pad_token_id or 0, self.model.external_memory.tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,18 @@ def leaks(chunk: Sequence[int], predicted: Sequence[Sequence[int]]) -> bool:
     run = len(chunk) // 2 + 1
     grams = {tuple(chunk[i : i + run]) for i in range(len(chunk) - run + 1)}
     return any(tuple(text[i : i + run]) in grams for text in predicted for i in range(len(text) - run + 1))
+
+
+def leak_test(batch: RAGBatch) -> Callable[[Sequence[int]], bool]:
+    """Whether a chunk gives away what the batch predicts.
+
+    It does if it shares more than half of itself with a predicted text, in one run, or holds more than half of one. An
+    answer may stand in a chunk: a row that is mostly question predicts no text in this sense.
+    """
+    predicted = predicted_texts(batch.labels)
+    lengths = batch.attention_mask.sum(1).tolist()
+    whole = [text for text, length in zip(predicted, lengths, strict=True) if 2 * len(text) > length]
+    return lambda chunk: leaks(chunk, predicted) or any(leaks(text, [chunk]) for text in whole)
 
 
 def predicted_texts(labels: Tensor) -> list[list[int]]:

@@ -18,7 +18,7 @@ from memkern.analysis.retrieval_metrics import retrieval_report
 from memkern.store import MemoryStore
 from memkern.training.groups import param_groups
 from memkern.training.rag_config import RAGTrainingConfig
-from memkern.training.rag_data import Item, RAGBatch, collate, indices, leaks, predicted_texts, recall_items
+from memkern.training.rag_data import Item, RAGBatch, collate, indices, leak_test, recall_items
 
 STATE_FILE, OPTIMISER_FILE, CONFIG_FILE = "trainer_state.json", "optimizer.pt", "training_config.json"
 
@@ -135,6 +135,8 @@ class RAGTrainer:
             "attention_mask": batch.attention_mask.to(self.device),
             "labels": batch.labels.to(self.device),
         }
+        if getattr(self.model, "memory", None) is None:
+            return self.model(**arguments)
         if phase == 1:
             return self.model(**arguments, use_memory=False)
         own = phase == 3 or not self.config.share_batch_memory
@@ -149,18 +151,20 @@ class RAGTrainer:
         """Clear the store, write the batch's context, and return each row's positive id (-1 for none).
 
         Rows with one and the same chunk share it, unless they are ``isolated``: then each row's chunks carry its number
-        as their group. A chunk of which more than half is a run of a text that this batch predicts stays out.
+        as their group. A chunk that shares more than half of itself with a text that this batch predicts, in one run,
+        stays out, and so does one that holds more than half of such a text; not one that holds the answer to a row
+        which is mostly question.
         """
         model = self.model
         model.memory.clear()
-        predicted = predicted_texts(batch.labels)
+        gives_away = leak_test(batch)
         place: dict[tuple[int, tuple[int, ...]], int] = {}
         for row, chunks in enumerate(batch.chunks):
             for chunk in chunks:
                 key = (row if isolated else -1, tuple(chunk))
                 if key in place:
                     continue
-                if leaks(chunk, predicted):
+                if gives_away(chunk):
                     self.state.dropped_chunks += 1
                     continue
                 place[key] = len(place)

@@ -96,13 +96,14 @@ def test_phases_and_what_the_memory_holds(tmp_path):
 def test_a_text_that_is_predicted_stays_out_of_the_memory(tmp_path):
     data = items(2)
     data[0]["context_chunks"][1] = data[1]["input_ids"][2:9].tolist()
-    data[1]["context_chunks"][0] = [*data[0]["input_ids"].tolist(), 5, 6]
+    data[1]["context_chunks"][0] = [*range(30), *data[0]["input_ids"].tolist(), 5, 6]
     trainer = Spy(model(), config(tmp_path, max_steps=2, memory_warmup_steps=0, position_recall_steps=0), data)
     trainer.train()
     for _, batch, memory, _ in trainer.seen:
         kept = [chunk.token_ids for chunk in memory]
         assert len(kept) == 4
-        assert not any(leaks(chunk, [row.tolist() for row in batch.input_ids]) for chunk in kept)
+        rows = batch.input_ids.tolist()
+        assert not any(leaks(chunk, rows) or leaks(row, [chunk]) for chunk in kept for row in rows)
     assert trainer.state.dropped_chunks == 2 * 4
 
 

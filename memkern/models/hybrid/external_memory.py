@@ -252,7 +252,7 @@ class ExternalMemoryBank:
         ids = torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.int64)
         if ids.numel() == 0:
             return []
-        documents = None if document is None else torch.tensor([document])
+        documents = None if document is None else torch.tensor([document], device=model.device)
         slots: list[list[int]] = model.write_external_memory(ids.to(model.device), document_ids=documents)
         return slots[0]
 

@@ -486,7 +486,7 @@ class HybridTransformerModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load a checkpoint of ours with its external memory and tokenizer, or a bare backbone's with fresh memories."""
+        """Load a checkpoint of ours with its bank and tokenizer, or a bare backbone's, which gets fresh memories."""
         loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         folder = Path(path)
