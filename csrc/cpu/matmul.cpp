@@ -2,7 +2,8 @@
 // one block is multiplied, the next is on its way from memory: b is read once, and reading it costs no time of its own,
 // which is what a product with few rows otherwise loses to it.
 //
-// Every element of out is summed in the order of k, whatever the number of rows, columns or threads.
+// Every element of out is a sum of blocks of kDepth, each in the order of k, whatever the number of rows, columns or
+// threads.
 #include "ops/matmul.h"
 
 #include "cpu/isa.h"
@@ -43,7 +44,7 @@ void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const flo
           bool add, bool streamed, Ahead& ahead) {
   VecF sum[Rows][kVecs];
   for (int i = 0; i < Rows; ++i) {
-    for (int v = 0; v < kVecs; ++v) sum[i][v] = add ? load(out + i * out_row + v * kLanes) : VecF(0.0f);
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = VecF(0.0f);
   }
   const auto step = [&] {
     VecF b[kVecs];
@@ -64,6 +65,8 @@ void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const flo
   for (int i = 0; i < Rows; ++i) {
     for (int v = 0; v < kVecs; ++v) {
       float* to = out + i * out_row + v * kLanes;
+      // A block's sum is rounded by itself, and then added: one chain through all of k would lose digits.
+      if (add) sum[i][v] += load(to);
       streamed ? stream(to, sum[i][v]) : store(to, sum[i][v]);
     }
   }
