@@ -76,7 +76,8 @@ def cpu_times(calls: Mapping[str, Call], *, seconds: float = 0.5, rounds: int = 
         slowest = max((min(measure(call, 1)) / 1e9 for call in calls.values()), default=0.0)
         for _ in range(max(5, min(rounds, int(rounds * seconds / max(slowest * rounds, 1e-9))))):
             for name, call in calls.items():
-                found[name] += [elapsed / 1e9 for elapsed in measure(call, per_round[name])]
+                # A virtual machine's clock of processor time stands still at times: such a sample says nothing.
+                found[name] += [elapsed / 1e9 for elapsed in measure(call, per_round[name]) if elapsed > 0]
     return {name: Times.of(elapsed, "cpu") for name, elapsed in found.items()}
 
 
