@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from memkern import backends
+
 from . import machine
 from .bench import Promise, Results, Row
 
@@ -84,8 +86,6 @@ def promise_cells(promise: Promise) -> list[str]:
     return [promise.op, where, target.mode, target.over, f">= {number(target.at_least)}", measured, verdict]
 
 
-OURS = ("cpp", "triton", "cuda", "reference")
-
 PROMISE_HEADER = ["op", "case", "mode", "against", "target", "measured", "verdict"]
 
 
@@ -141,7 +141,9 @@ def plot(results: Results, path: Path) -> None:
         for place, found in enumerate(cases.values()):
             for provider, ratio in found:
                 if provider != "eager":
-                    style = {"s": 44, "zorder": 3} if provider in OURS else {"s": 26, "marker": "D", "alpha": 0.8}
+                    style = (
+                        {"s": 44, "zorder": 3} if provider in backends.NAMES else {"s": 26, "marker": "D", "alpha": 0.8}
+                    )
                     axes.scatter(ratio, place, color=colours[provider], **style)
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
         axes.set(yticks=range(len(cases)), yticklabels=cases, xscale="log", ylim=(len(cases) - 0.5, -0.5))
@@ -153,7 +155,7 @@ def plot(results: Results, path: Path) -> None:
     last.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     figure.suptitle(machine.line(results.machine).split(", memkern")[0], fontsize=8)
     for provider in providers:
-        last.scatter([], [], color=colours[provider], marker="o" if provider in OURS else "D", label=provider)
+        last.scatter([], [], color=colours[provider], marker="o" if provider in backends.NAMES else "D", label=provider)
     figure.legend(*last.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -39,7 +39,7 @@ class BackendUnavailable(RuntimeError):
 
 _forced: str | None = None
 # The dictionary behind os.environ, whose own lookup of what is not set raises and catches: a microsecond a call.
-_ENVIRONMENT: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+ENVIRONMENT: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 _VARIABLE: Any = os.environ.encodekey("MEMKERN_BACKEND")  # type: ignore[attr-defined]
 _AS_SET: dict[Any, str | None] = {None: None, os.environ.encodevalue(""): None} | {  # type: ignore[attr-defined]
     os.environ.encodevalue(name): name  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ def _explicit(backend: str | None) -> str | None:
         return backend
     if _forced is not None:
         return _forced
-    found = _ENVIRONMENT.get(_VARIABLE)
+    found = ENVIRONMENT.get(_VARIABLE)
     if found not in _AS_SET:
         _check_name(os.environ["MEMKERN_BACKEND"], "MEMKERN_BACKEND")
     return _AS_SET[found]
@@ -211,7 +211,7 @@ def select_on_cpu(op: str, backend: str | None, first: Tensor) -> str:
 
     For an operator without limits on sizes, and not under torch.compile, which would have to guard the memory.
     """
-    key = op, backend, _forced, _ENVIRONMENT.get(_VARIABLE), first.dtype
+    key = op, backend, _forced, ENVIRONMENT.get(_VARIABLE), first.dtype
     found = _ON_CPU.get(key)
     if found is None:
         found = _ON_CPU[key] = select(op, backend, first)

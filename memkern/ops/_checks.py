@@ -6,22 +6,21 @@ Shapes, dtypes and devices are checked always, without touching a value. Values 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from memkern.backends import ENVIRONMENT
+
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-# The dictionary behind os.environ, whose own lookup of what is not set raises and catches: a microsecond a call.
-_ENVIRONMENT: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def values_enabled() -> bool:
     """Whether ``MEMKERN_CHECK=1`` asks for value checks, now; never while compiling, where there are no values."""
-    return _ENVIRONMENT.get(b"MEMKERN_CHECK", b"") not in (b"", b"0") and not torch.compiler.is_compiling()
+    return ENVIRONMENT.get(b"MEMKERN_CHECK", b"") not in (b"", b"0") and not torch.compiler.is_compiling()
 
 
 def fail(name: str, expected: str, given: Any) -> NoReturn:

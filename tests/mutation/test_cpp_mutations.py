@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from memkern.testing.mutation import Mutation, Suite, no_build
@@ -54,15 +52,7 @@ MUTATIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
-    if reason := no_build():
-        pytest.skip(reason)
-    suite = Suite(tmp_path_factory.mktemp("sources"))
-    yield suite
-    suite.close()
-
-
+@pytest.mark.skipif(no_build() is not None, reason=str(no_build()))
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_the_suite_notices(mutation: Mutation, suite: Suite) -> None:
     suite.check(mutation)

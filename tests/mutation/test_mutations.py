@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from memkern.testing.mutation import Mutation, Suite
@@ -260,13 +258,6 @@ MUTATIONS = [
         "tests/ops/test_cosine_topk_transforms.py::test_sharded_search",
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
-    suite = Suite(tmp_path_factory.mktemp("sources"))
-    yield suite
-    suite.close()
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
