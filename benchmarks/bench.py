@@ -75,13 +75,20 @@ class Promise:
 
 @dataclass
 class Results:
-    """What one run measured on one machine."""
+    """What one run measured on one machine.
+
+    Attributes:
+        limits: measured at the start.
+        beside: by case and mode, limits that took turns with the case; they stand before those of the start.
+        gemms: by case and mode, seconds of the matrix products alone.
+    """
 
     machine: dict[str, Any]
     limits: dict[str, float]
     rows: list[Row] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     gemms: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, dict[str, float]] = field(default_factory=dict)
     overheads: dict[str, float] = field(default_factory=dict)
 
     def find(self, *key: str) -> Row | None:
@@ -90,6 +97,10 @@ class Results:
                 return row
         return None
 
+    def limits_of(self, case: Case, mode: str) -> dict[str, float]:
+        """The limits to hold a mode of a case against."""
+        return self.limits | self.beside.get(_label(case, mode), {})
+
     def as_dict(self, promises: Sequence[Promise] = ()) -> dict[str, Any]:
         return {
             "schema": 1,
@@ -97,6 +108,7 @@ class Results:
             "limits": self.limits,
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "gemms": self.gemms,
+            "beside": self.beside,
             "overheads": self.overheads,
             "skipped": self.skipped,
             "targets": [promise.as_dict() for promise in promises],
@@ -111,6 +123,7 @@ class Results:
             rows,
             content.get("skipped", []),
             content["gemms"],
+            content.get("beside", {}),
             content.get("overheads", {}),
         )
 
@@ -189,7 +202,14 @@ def _times(
             made = attempt(name, partial(_warm_calls, case, candidate, mode, 1))
             if made is not None:
                 calls[name] = made[0]
-        return {name: (times, None) for name, times in cpu_times(calls, seconds=seconds).items()}
+        beside = _beside(case, mode) if calls else limits.Beside((), 0)
+        times = cpu_times(calls | beside.calls, seconds=seconds)
+        rates, products = beside.take(times)
+        if rates:
+            results.beside[_label(case, mode)] = rates
+        if products is not None:
+            results.gemms[_label(case, mode)] = products
+        return {name: (found, None) for name, found in times.items()}
     count = rotations(case.work.forward.bytes, torch.device("cuda"))
     found: dict[str, tuple[Times, int | None]] = {}
     variants: dict[str, list[Call]] = {}
@@ -204,6 +224,20 @@ def _times(
     return found
 
 
+def _label(case: Case, mode: str) -> str:
+    return f"{case.label} {mode}"
+
+
+def _beside(case: Case, mode: str) -> limits.Beside:
+    """The limits that the targets of this mode name."""
+    spec = case.spec
+    first = next(iter(spec.variants))
+    named = {t.over for t in spec.targets if (t.size, t.variant or first, t.dtype, t.mode, t.device)
+             == (case.size, case.variant, case.dtype, mode, case.device)}  # fmt: skip
+    gemms = spec.gemms(case.shape, case.options, mode) if "gemm" in named and spec.gemms is not None else []
+    return limits.Beside(named & {"read", "write", "copy", "peak"}, case.work.of(mode).bytes, gemms, case.dtype)
+
+
 def _warm_calls(case: Case, candidate: Provider, mode: str, count: int) -> list[Call]:
     """The call on ``count`` sets of inputs, each run once."""
     function = candidate.function(case)
@@ -216,7 +250,7 @@ def _warm_calls(case: Case, candidate: Provider, mode: str, count: int) -> list[
 def _row(results: Results, case: Case, mode: str, name: str, times: Times, memory: int | None, checked: str) -> Row:
     cost = case.work.of(mode)
     time = times.least if times.how == "cpu" else times.p50
-    roof = roof_seconds(results.limits, case, mode)
+    roof = roof_seconds(results.limits_of(case, mode), case, mode)
     return Row(
         case.spec.name, case.variant, case.size, case.shape, case.dtype, case.device, mode, name,
         times.p20, times.p50, times.p80, times.least, times.calls, times.how,
@@ -271,13 +305,14 @@ def _promise(results: Results, spec: OpSpec, target: Target, gemms: limits.GemmT
         return Promise(spec.name, target, None, "no compiled backend was timed")
     best = min(own, key=lambda row: row.time)
     if target.over in ("read", "write", "copy", "peak"):
-        if target.over not in results.limits:
+        found = results.limits_of(case, target.mode)
+        if target.over not in found:
             return Promise(spec.name, target, None, f"the limit {target.over!r} was not measured")
-        return Promise(spec.name, target, _limit_seconds(results.limits, case, target) / best.time)
+        return Promise(spec.name, target, _limit_seconds(found, case, target) / best.time)
     if target.over == "gemm":
         if spec.gemms is None:
             return Promise(spec.name, target, None, "the operator names no matrix products")
-        label = f"{case.label} {target.mode}"
+        label = _label(case, target.mode)
         if label not in results.gemms:
             products = spec.gemms(case.shape, case.options, target.mode)
             results.gemms[label] = gemms.seconds(products, target.dtype)

@@ -7,7 +7,7 @@ the rate of fused multiply-adds in FLOP/s, and :func:`gemm_seconds` the fastest 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from memkern import native
 
 from .registry import DTYPES, Gemm
-from .timing import Call, cpu_times, cuda_times, one_thread
+from .timing import Call, Times, cpu_times, cuda_times, one_thread
 
 _CPU_BYTES = 128 << 20
 _GPU_BYTES = 2 << 30
+_FMA_ROUNDS = 1 << 20
 
 
 def measure(device: str) -> dict[str, float]:
@@ -28,25 +29,76 @@ def measure(device: str) -> dict[str, float]:
 
 
 def _cpu() -> dict[str, float]:
-    source = torch.rand(_CPU_BYTES // 4)
+    calls = _cpu_calls(("read", "write", "copy", "peak"), _CPU_BYTES)
+    return _cpu_rates(cpu_times(calls, seconds=1.0, rounds=9), _CPU_BYTES)
+
+
+def _cpu_calls(names: Collection[str], size: int) -> dict[str, Call]:
+    """What shows the limits ``names`` on ``size`` bytes of main memory; two loops read, and the faster one counts."""
+    source = torch.rand(size // 4)
     target = torch.empty_like(source)
-    calls: dict[str, Call] = {
-        "sum": source.sum,
-        "write": lambda: target.fill_(1.0),
-        "copy": lambda: target.copy_(source),
-    }
+    calls: dict[str, Call] = {}
+    if "read" in names:
+        calls["sum"] = source.sum
+    if "write" in names:
+        calls["write"] = lambda: target.fill_(1.0)
+    if "copy" in names:
+        calls["copy"] = lambda: target.copy_(source)
     if native.LIBRARIES["cpu"].loaded:
-        calls["read"] = lambda: torch.ops.memkern.cpu_read(source)
-        calls["fma"] = lambda: torch.ops.memkern.cpu_fma(1 << 20)
-    times = {name: t.least for name, t in cpu_times(calls, seconds=1.0, rounds=9).items()}
-    limits = {
-        "read": _CPU_BYTES / min(times["sum"], times.get("read", times["sum"])),
-        "write": _CPU_BYTES / times["write"],
-        "copy": 2 * _CPU_BYTES / times["copy"],
-    }
-    if "fma" in times:
-        limits["peak"] = torch.ops.memkern.cpu_fma(1 << 20) / times["fma"]
-    return limits
+        if "read" in names:
+            calls["read"] = lambda: torch.ops.memkern.cpu_read(source)
+        if "peak" in names:
+            calls["peak"] = lambda: torch.ops.memkern.cpu_fma(_FMA_ROUNDS)
+    return calls
+
+
+def _cpu_rates(times: Mapping[str, Times], size: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    reads = [times[name].least for name in ("sum", "read") if name in times]
+    if reads:
+        found["read"] = size / min(reads)
+    if "write" in times:
+        found["write"] = size / times["write"].least
+    if "copy" in times:
+        found["copy"] = 2 * size / times["copy"].least
+    if "peak" in times:
+        found["peak"] = torch.ops.memkern.cpu_fma(_FMA_ROUNDS) / times["peak"].least
+    return found
+
+
+class Beside:
+    """Limits of one CPU thread that take turns with the operator whose share of them is wanted.
+
+    The bandwidth of a shared machine moves by a third from minute to minute. Timed in turn, both see the same minutes.
+
+    Args:
+        names: of ``read``, ``write``, ``copy`` and ``peak``.
+        size: bytes that the operator moves, so that a cache serves both alike.
+        gemms: matrix products for the limit ``gemm``.
+        dtype: theirs, a name of :data:`~memkern.benchmarks.registry.DTYPES`.
+    """
+
+    _PREFIX = "limit "
+
+    def __init__(self, names: Collection[str], size: int, gemms: Sequence[Gemm] = (), dtype: str = "float32") -> None:
+        self._size = min(max(size, _CPU_BYTES), 4 * _CPU_BYTES) // 4 * 4
+        self._gemms = len(gemms)
+        rates = _cpu_calls(names, self._size) if names else {}
+        self.calls: dict[str, Call] = {self._PREFIX + name: call for name, call in rates.items()}
+        for number, gemm in enumerate(gemms):
+            for library, make in _libraries(gemm, dtype, "cpu").items():
+                self.calls[f"{self._PREFIX}gemm {number} {library}"] = make(gemm, DTYPES[dtype], "cpu")
+
+    def take(self, times: dict[str, Times]) -> tuple[dict[str, float], float | None]:
+        """Removes this object's calls from ``times``: the limits they show, and the seconds of the products if any."""
+        own = {name.removeprefix(self._PREFIX): times.pop(name) for name in self.calls}
+        seconds = None
+        if self._gemms:
+            seconds = sum(
+                min(t.least for name, t in own.items() if name.startswith(f"gemm {number} "))
+                for number in range(self._gemms)
+            )
+        return _cpu_rates(own, self._size), seconds
 
 
 def _cuda() -> dict[str, float]:

@@ -127,7 +127,7 @@ def _once(build: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         key = database.data_ptr()
         if key not in made:
             made.clear()
-            made[key] = build(database)
+            made[key] = build(database.detach())
         return made[key]
 
     return of
