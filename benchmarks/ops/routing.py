@@ -176,6 +176,7 @@ SPECS = (
         shapes={
             "tiny": {"B": 4, "S": 5, "D": 32, "K": 4},
             "odd": {"B": 3, "S": 7, "D": 37, "K": 3},
+            "long": {"B": 2, "S": 70, "D": 37, "K": 3},
             "one": {"B": 1, "S": 1, "D": 1, "K": 1},
             "experts": {"B": 3, "S": 2, "D": 33, "K": 256},
             "empty": {"B": 0, "S": 4, "D": 8, "K": 3},
@@ -185,7 +186,7 @@ SPECS = (
             "large-cpu": {"B": 256, "S": 128, "D": 1024, "K": 8},
             "token": {"B": 16384, "S": 1, "D": 4096, "K": 256},
         },
-        odd=("odd", "one", "experts", "empty"),
+        odd=("odd", "long", "one", "experts", "empty"),
         variants={
             "mean": {},
             "max": {"pooling": "max"},

@@ -16,6 +16,7 @@ struct Slots {
     const T* first = static_cast<const T*>(in.hiddens) + row * in.row_stride;
     const uint8_t* mask = in.slot_mask == nullptr ? nullptr : in.slot_mask + row * in.slots;
     count = 0;
+    all = in.slots;
     step = in.slot_stride;
     for (int64_t s = 0; s < in.slots; ++s) {
       if (mask != nullptr && !mask[s]) continue;
@@ -24,9 +25,12 @@ struct Slots {
     }
   }
 
+  // Whether they lie one after another without a gap.
+  bool dense(int64_t width) const { return count == all && step == width; }
+
   Scratch<const T*, 64> at;
   Scratch<int64_t, 64> index;
-  int64_t count = 0, step = 0;
+  int64_t count = 0, all = 0, step = 0;
 };
 
 // The sum of N slots as a tree; recursion, because gcc leaves a loop over an array of vectors on the stack.
@@ -75,6 +79,51 @@ void sum_up_to(const T* const* at, int64_t n, int64_t width, int64_t ahead, A sc
   }
 }
 
+// Many slots are read as four long streams, which the processor fetches at nearly the whole rate of its memory; at fewer,
+// the streams would be too short (Zen 4, shares of that rate: 128 slots of 1024 floats 0.89 against 0.80 side by side,
+// 32 of 768 about equal, 16 of 768 0.67 against 0.73).
+constexpr int kStreams = 4;
+constexpr int64_t kLeastStreamed = 32;      // slots
+constexpr int64_t kStreamAhead = 1536;      // bytes between what is read and what is fetched meanwhile
+
+// to = (add ? to : 0) + the sum of one slot of each stream, times scale; `fetch` is brought to the second-level cache.
+template <bool add, class T, class A>
+MK_INLINE void sum_streams(const T* const (&slots)[kStreams], const T* const (&fetch)[kStreams], int64_t width, A scale,
+                           A* to) {
+  constexpr int N = Vec<A>::N, kVectors = 4, kBytes = kVectors * N * int(sizeof(T));
+  const auto sum_at = [&](int64_t d, auto count) {
+    Vec<A> sum = slot_sum<kStreams>(slots, d, count);
+    if constexpr (add) sum += load_part(to + d, count);
+    store_part(to + d, sum * Vec<A>(scale), count);
+  };
+  int64_t d = 0;
+  for (; d + kVectors * N <= width; d += kVectors * N) {
+    for (int s = 0; s < kStreams; ++s) {
+      for (int byte = 0; byte < kBytes; byte += 64) prefetch_far(reinterpret_cast<const char*>(fetch[s] + d) + byte);
+    }
+    for (int v = 0; v < kVectors; ++v) sum_at(d + v * N, std::integral_constant<int, N>{});
+  }
+  for (; d < width; d += N) sum_at(d, int(std::min<int64_t>(N, width - d)));
+}
+
+// The sum of all but the last few slots, and how many those are that it covers; none where there are few slots.
+template <class T, class A>
+int64_t sum_long(const Slots<T>& slots, int64_t width, A scale, A* to) {
+  if (slots.count < kLeastStreamed) return 0;
+  const int64_t share = slots.count / kStreams;
+  for (int64_t i = 0; i < share; ++i) {
+    const T *at[kStreams], *fetch[kStreams];
+    for (int s = 0; s < kStreams; ++s) {
+      const T* const* stream = &slots.at[s * share];
+      at[s] = stream[i];
+      fetch[s] = slots.dense(width) ? at[s] + kStreamAhead / int64_t(sizeof(T)) : stream[std::min(i + 1, share - 1)];
+    }
+    const A factor = (i + 1) * kStreams == slots.count ? scale : A(1);
+    i == 0 ? sum_streams<false>(at, fetch, width, factor, to) : sum_streams<true>(at, fetch, width, factor, to);
+  }
+  return share * kStreams;
+}
+
 template <class T, class A>
 void pool_mean(const Slots<T>& slots, int64_t width, A* to) {
   const A scale = A(1) / A(std::max<int64_t>(1, slots.count));
@@ -83,7 +132,7 @@ void pool_mean(const Slots<T>& slots, int64_t width, A* to) {
   // of a slot, so that it takes many slots to keep the memory busy (16: 0.87 of a thread's bandwidth, 8: 0.79, 4: 0.67).
   const int64_t ahead = kTogether * slots.step;
   int64_t n = 0;
-  for (int64_t s = 0; s < slots.count; s += n) {
+  for (int64_t s = sum_long(slots, width, scale, to); s < slots.count; s += n) {
     const int64_t left = slots.count - s;
     n = left >= kTogether ? kTogether : std::min<int64_t>(8, left);
     const A factor = n == left ? scale : A(1);
