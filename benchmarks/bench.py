@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from memkern.backends import BackendUnavailable
+from memkern.testing.compare import flatten
 
 from . import limits, machine
 from .providers import Judge, Provider, default_names, make_call, provider
@@ -196,13 +197,16 @@ def _times(
             results.skipped.append({"case": case.label, "provider": name, "reason": reason})
             return None
 
+    grad = mode != "fwd"
     if case.device != "cuda":
+        # All of them read the same tensors: the pages that an allocation gets make a tenth of its bandwidth.
+        arguments = case.arguments(grad=grad)
         calls: dict[str, Call] = {}
         for name, candidate in providers.items():
-            made = attempt(name, partial(_warm_calls, case, candidate, mode, 1))
+            made = attempt(name, partial(_warm_calls, case, candidate, mode, [arguments]))
             if made is not None:
                 calls[name] = made[0]
-        beside = _beside(case, mode) if calls else limits.Beside((), 0)
+        beside = _beside(case, mode, arguments if calls else {})
         times = cpu_times(calls | beside.calls, seconds=seconds)
         rates, products = beside.take(times)
         if rates:
@@ -211,11 +215,12 @@ def _times(
             results.gemms[_label(case, mode)] = products
         return {name: (found, None) for name, found in times.items()}
     count = rotations(case.work.forward.bytes, torch.device("cuda"))
+    sets = [case.arguments(grad=grad, seed=seed) for seed in range(count)]
     found: dict[str, tuple[Times, int | None]] = {}
     variants: dict[str, list[Call]] = {}
     memory: dict[str, int] = {}
     for name, candidate in providers.items():
-        made = attempt(name, partial(_warm_calls, case, candidate, mode, count))
+        made = attempt(name, partial(_warm_calls, case, candidate, mode, sets))
         if made is not None:
             variants[name] = made
             memory[name] = peak_memory(made[0])
@@ -228,20 +233,23 @@ def _label(case: Case, mode: str) -> str:
     return f"{case.label} {mode}"
 
 
-def _beside(case: Case, mode: str) -> limits.Beside:
-    """The limits that the targets of this mode name."""
+def _beside(case: Case, mode: str, arguments: dict[str, Any]) -> limits.Beside:
+    """The limits that the targets of this mode name, on the inputs that the providers have; none without inputs."""
+    if not arguments:
+        return limits.Beside((), ())
     spec = case.spec
     first = next(iter(spec.variants))
     named = {t.over for t in spec.targets if (t.size, t.variant or first, t.dtype, t.mode, t.device)
              == (case.size, case.variant, case.dtype, mode, case.device)}  # fmt: skip
     gemms = spec.gemms(case.shape, case.options, mode) if "gemm" in named and spec.gemms is not None else []
-    return limits.Beside(named & {"read", "write", "copy", "peak"}, case.work.of(mode).bytes, gemms, case.dtype)
+    inputs = list(flatten(arguments).values())
+    return limits.Beside(named & {"read", "write", "copy", "peak"}, inputs, gemms, case.dtype)
 
 
-def _warm_calls(case: Case, candidate: Provider, mode: str, count: int) -> list[Call]:
-    """The call on ``count`` sets of inputs, each run once."""
+def _warm_calls(case: Case, candidate: Provider, mode: str, sets: Sequence[dict[str, Any]]) -> list[Call]:
+    """The call on each set of inputs, each run once."""
     function = candidate.function(case)
-    calls = [make_call(case, function, mode, seed) for seed in range(count)]
+    calls = [make_call(case, function, mode, arguments) for arguments in sets]
     for call in calls:
         call()
     return calls

@@ -29,24 +29,23 @@ def measure(device: str) -> dict[str, float]:
 
 
 def _cpu() -> dict[str, float]:
-    calls = _cpu_calls(("read", "write", "copy", "peak"), _CPU_BYTES)
-    return _cpu_rates(cpu_times(calls, seconds=1.0, rounds=9), _CPU_BYTES)
+    source = torch.rand(_CPU_BYTES // 4)
+    times = cpu_times(_cpu_calls(("read", "write", "copy", "peak"), [source]), seconds=1.0, rounds=9)
+    return _cpu_rates(times, source.nbytes)
 
 
-def _cpu_calls(names: Collection[str], size: int) -> dict[str, Call]:
-    """What shows the limits ``names`` on ``size`` bytes of main memory; two loops read, and the faster one counts."""
-    source = torch.rand(size // 4)
-    target = torch.empty_like(source)
+def _cpu_calls(names: Collection[str], sources: Sequence[Tensor]) -> dict[str, Call]:
+    """What shows the limits ``names`` on memory like ``sources``; two loops read, and the faster one counts."""
     calls: dict[str, Call] = {}
+    if {"write", "copy"} & set(names):
+        targets = [torch.empty_like(source) for source in sources]
+        calls["write"] = lambda: [target.fill_(1.0) for target in targets]
+        calls["copy"] = lambda: [target.copy_(source) for target, source in zip(targets, sources, strict=True)]
     if "read" in names:
-        calls["sum"] = source.sum
-    if "write" in names:
-        calls["write"] = lambda: target.fill_(1.0)
-    if "copy" in names:
-        calls["copy"] = lambda: target.copy_(source)
+        calls["sum"] = lambda: [source.sum() for source in sources]
     if native.LIBRARIES["cpu"].loaded:
         if "read" in names:
-            calls["read"] = lambda: torch.ops.memkern.cpu_read(source)
+            calls["read"] = lambda: [torch.ops.memkern.cpu_read(source) for source in sources]
         if "peak" in names:
             calls["peak"] = lambda: torch.ops.memkern.cpu_fma(_FMA_ROUNDS)
     return calls
@@ -69,22 +68,27 @@ def _cpu_rates(times: Mapping[str, Times], size: int) -> dict[str, float]:
 class Beside:
     """Limits of one CPU thread that take turns with the operator whose share of them is wanted.
 
-    The bandwidth of a shared machine moves by a third from minute to minute. Timed in turn, both see the same minutes.
+    The bandwidth of a shared machine moves by a third from minute to minute, and by a tenth with the pages that an
+    allocation gets. So both see the same minutes, and both read the operator's own inputs where those are large.
 
     Args:
         names: of ``read``, ``write``, ``copy`` and ``peak``.
-        size: bytes that the operator moves, so that a cache serves both alike.
+        inputs: the operator's tensors.
         gemms: matrix products for the limit ``gemm``.
         dtype: theirs, a name of :data:`~memkern.benchmarks.registry.DTYPES`.
     """
 
     _PREFIX = "limit "
 
-    def __init__(self, names: Collection[str], size: int, gemms: Sequence[Gemm] = (), dtype: str = "float32") -> None:
-        self._size = min(max(size, _CPU_BYTES), 4 * _CPU_BYTES) // 4 * 4
+    def __init__(
+        self, names: Collection[str], inputs: Sequence[Tensor], gemms: Sequence[Gemm] = (), dtype: str = "float32"
+    ) -> None:
+        large = [tensor.detach() for tensor in inputs if tensor.nbytes >= 1 << 20 and tensor.is_contiguous()]
+        if names and sum(tensor.nbytes for tensor in large) < _CPU_BYTES // 2:
+            large = [torch.rand(_CPU_BYTES // 4)]
+        self._size = sum(tensor.nbytes for tensor in large)
         self._gemms = len(gemms)
-        rates = _cpu_calls(names, self._size) if names else {}
-        self.calls: dict[str, Call] = {self._PREFIX + name: call for name, call in rates.items()}
+        self.calls: dict[str, Call] = {self._PREFIX + name: call for name, call in _cpu_calls(names, large).items()}
         for number, gemm in enumerate(gemms):
             for library, make in _libraries(gemm, dtype, "cpu").items():
                 self.calls[f"{self._PREFIX}gemm {number} {library}"] = make(gemm, DTYPES[dtype], "cpu")

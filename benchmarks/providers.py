@@ -119,14 +119,15 @@ class Judge:
         return passed, f"{bad.name} {bad.error:.1e} of {bad.bound:.1e}{where}{note}"
 
 
-def make_call(case: Case, function: Function, mode: str, seed: int = 0) -> Call:
-    """A call without arguments that runs one mode of :data:`MODES` on fresh inputs of the case.
+def make_call(case: Case, function: Function, mode: str, arguments: dict[str, Any] | None = None) -> Call:
+    """A call without arguments that runs one mode of :data:`MODES`, on fresh inputs of the case if none are given.
 
     ``bwd`` keeps the graph of one forward pass and runs backward through it again and again.
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    arguments = case.arguments(grad=mode != "fwd", seed=seed)
+    if arguments is None:
+        arguments = case.arguments(grad=mode != "fwd")
     if mode == "fwd":
 
         def forward() -> object:

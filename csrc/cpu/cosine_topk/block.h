@@ -260,7 +260,7 @@ class Block {
     constexpr int N = Vec<A>::N;
     Mask<A> odd = Vec<A>(A(0)) < A(0);
     if (inverses_) {
-      for (int64_t r = 0; r < count; ++r) inverse[r] = inverses_[rows[r]];
+      for (int64_t r = 0; r < count; ++r) inverse[r] = rows[r] < 0 ? A(0) : inverses_[rows[r]];
     }
     for (int64_t r = 0; r < count; r += N) {
       const Vec<A> squared = load(squares + r), length = sqrt(squared);
@@ -283,7 +283,7 @@ class Block {
     int64_t specials = 0;
     if (any(odd)) {
       for (int64_t r = 0; r < count; ++r) {
-        if (margin[r] != margin[r]) special[specials++] = rows[r];
+        if (margin[r] != margin[r] && rows[r] >= 0) special[specials++] = rows[r];
       }
     }
     return specials;
@@ -333,7 +333,6 @@ class Block {
 
   // Steps [begin, end) of each quarter of [first, last).
   void stream(int64_t first, int64_t last, int64_t begin, int64_t end) {
-    constexpr int64_t kRows = kStreamRows * kStreamSteps;
     const int64_t quarter = quarter_of(first, last);
     int64_t of_quarter[kStreamRows][kStreamSteps], counts[kStreamRows], most = 0;
     for (int r = 0; r < kStreamRows; ++r) {
@@ -341,46 +340,42 @@ class Block {
       counts[r] = list_rows(std::min(stop, start + begin), stop, of_quarter[r]);
       most = std::max(most, counts[r]);
     }
-    if (most == 0) return;
-    int64_t rows[kRows], special[kRows];
-    alignas(64) A dots[kStreamQueries * kRows], squares[kRows] = {}, inverse[kRows], margin[kRows];
-    bool here[kRows];
-    const T* at[kStreamRows] = {};
     for (int64_t i = 0; i < most; ++i) {
-      const int64_t to = i * kStreamRows;
+      int64_t rows[kStreamRows], any_row = -1;
       for (int r = 0; r < kStreamRows; ++r) {
-        here[to + r] = i < counts[r];
-        // A quarter that has no more rows repeats one of another.
-        rows[to + r] = here[to + r] ? of_quarter[r][i] : -1;
+        rows[r] = i < counts[r] ? of_quarter[r][i] : -1;
+        any_row = std::max(any_row, rows[r]);
       }
-      const int64_t any_row = *std::max_element(rows + to, rows + to + kStreamRows);
-      for (int r = 0; r < kStreamRows; ++r) {
-        if (!here[to + r]) rows[to + r] = any_row;
-        at[r] = database_ + rows[to + r] * p_.database_stride[1];
-      }
-      stream_any<T>(count_, {units_.get(), plan_.padded, p_.width, dots + to, kRows, squares + to}, at);
+      stream_step(rows, any_row);
     }
-    const int64_t count = most * kStreamRows;
-    int64_t specials = weigh(squares, nullptr, rows, count, inverse, margin, special);
-    for (int64_t r = 0; r < count; ++r) {
-      if (!here[r]) margin[r] = std::numeric_limits<A>::quiet_NaN();
+  }
+
+  // One row of each quarter, or -1 where it has no more; that one reads `any_row` and is passed over. Each step is judged
+  // by itself: that is little enough to be done while the next rows are on their way.
+  void stream_step(const int64_t (&rows)[kStreamRows], int64_t any_row) {
+    constexpr int kLanes = std::max<int>(Vec<A>::N, kStreamRows);
+    const T* at[kStreamRows];
+    for (int r = 0; r < kStreamRows; ++r) {
+      at[r] = database_ + (rows[r] < 0 ? any_row : rows[r]) * p_.database_stride[1];
     }
-    if (specials > 0) {
-      std::sort(special, special + specials);
-      specials = std::unique(special, special + specials) - special;
-    }
+    alignas(64) A dots[kStreamQueries * kLanes], squares[kLanes], inverse[kLanes], margin[kLanes];
+    std::fill_n(squares, kLanes, A(1));
+    std::fill_n(inverse, kLanes, A(0));
+    stream_any<T>(count_, {units_.get(), plan_.padded, p_.width, dots, kLanes, squares}, at);
+    int64_t special[kStreamRows];
+    const int64_t specials = weigh(squares, nullptr, rows, kStreamRows, inverse, margin, special);
     constexpr int N = Vec<A>::N;
     for (int64_t q = 0; q < count_; ++q) {
-      for (int64_t r = 0; r < count; r += N) {
-        const Vec<A> middle = load(dots + q * kRows + r) * load(inverse + r), upper = middle + load(margin + r);
+      for (int r = 0; r < kStreamRows; r += N) {
+        const Vec<A> upper = load(dots + q * kLanes + r) * load(inverse + r) + load(margin + r);
         if (__builtin_expect(!any(upper >= bounds_[q]), 1)) continue;
-        for (int64_t i = r; i < std::min(r + N, count); ++i) {
-          const A score = dots[q * kRows + i] * inverse[i];
-          if (score + margin[i] >= bounds_[q]) append(q, rows[i], score + margin[i], score - margin[i]);
+        for (int i = r; i < std::min(r + N, kStreamRows); ++i) {
+          const A score = dots[q * kLanes + i] * inverse[i];
+          if (rows[i] >= 0 && score + margin[i] >= bounds_[q]) append(q, rows[i], score + margin[i], score - margin[i]);
         }
       }
     }
-    score_special_rows(special, specials);
+    if (__builtin_expect(specials > 0, 0)) score_special_rows(special, specials);
   }
 
   void append(int64_t q, int64_t row, A upper, A lower) {
@@ -411,7 +406,7 @@ class Block {
 
   void score_special_rows(const int64_t* rows, int64_t count) {
     if (count == 0) return;
-    bool zero[std::max<int64_t>(kTileRows, kStreamRows * kStreamSteps)];
+    bool zero[std::max<int64_t>(kTileRows, kStreamRows)];
     bool all_zero = true;
     for (int64_t i = 0; i < count; ++i) {
       // A zero row scores 0 with every query, if its given inverse is a number.
