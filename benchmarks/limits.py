@@ -84,7 +84,7 @@ class Beside:
         self, names: Collection[str], inputs: Sequence[Tensor], gemms: Sequence[Gemm] = (), dtype: str = "float32"
     ) -> None:
         large = [tensor.detach() for tensor in inputs if tensor.nbytes >= 1 << 20 and tensor.is_contiguous()]
-        if names and sum(tensor.nbytes for tensor in large) < _CPU_BYTES // 2:
+        if names and sum(tensor.nbytes for tensor in large) < _CPU_BYTES // 4:
             large = [torch.rand(_CPU_BYTES // 4)]
         self._size = sum(tensor.nbytes for tensor in large)
         self._gemms = len(gemms)

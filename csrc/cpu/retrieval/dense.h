@@ -12,15 +12,20 @@ namespace {
 constexpr int kLanes = 2;
 constexpr int64_t kDensePairs = 256;   // at most so many of a query
 constexpr int64_t kGroupBytes = 1024;  // of one stream before the next has its turn
-constexpr int64_t kAheadBytes = 1536;  // between the row that is read and the one that is fetched meanwhile
+constexpr int64_t kAheadBytes = 1024;  // between the row that is read and the one that is fetched meanwhile
+constexpr int64_t kPauseBytes = 512;   // of each stream, fetched in addition while a softmax is taken
+
+template <class T>
+MK_INLINE void fetch_row(const T* row, int64_t width) {
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < width * int64_t(sizeof(T)); i += 64) prefetch_far(reinterpret_cast<const char*>(row) + i);
+}
 
 // What lies ahead of a row. The loops over rows stay loops: the processor's own prefetcher follows each load instruction
 // by itself, and sees one long stream of each of these; unrolled, the same rows take a tenth longer.
 template <class T, int V>
 MK_INLINE void fetch_ahead(const T* row) {
-  const char* at = reinterpret_cast<const char*>(row) + kAheadBytes;
-#pragma GCC unroll 8
-  for (int i = 0; i < V * Vec<acc_t<T>>::N * int(sizeof(T)); i += 64) prefetch_far(at + i);
+  fetch_row(row + kAheadBytes / int64_t(sizeof(T)), V * Vec<acc_t<T>>::N);
 }
 
 template <class T, int V>
@@ -87,6 +92,12 @@ __attribute__((noinline)) void dense_forward_of(const RetrievedAttention& p, int
       for (int l = 0; l < kLanes; ++l) score_group<T, V>(keys[l] + i * kWidth, rows, query[l], weight[l] + i);
 #pragma GCC unroll 2
       for (int l = 0; l < kLanes; ++l) mix_group<T, V>(values[l] + i * kWidth, rows, old[l] + i, sum[l]);
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      for (int64_t byte = kAheadBytes; byte < kAheadBytes + kPauseBytes; byte += 64) {
+        prefetch_far(reinterpret_cast<const char*>(keys[l] + size) + byte);
+        prefetch_far(reinterpret_cast<const char*>(values[l] + size) + byte);
+      }
     }
 #pragma GCC unroll 2
     for (int l = 0; l < kLanes; ++l) {

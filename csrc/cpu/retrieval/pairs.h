@@ -13,12 +13,6 @@ struct Rows {
   int64_t ahead;  // to the row that is fetched, in elements
 };
 
-template <class T>
-MK_INLINE void fetch_row(const T* row, int64_t width) {
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < width * int64_t(sizeof(T)); i += 64) prefetch_far(reinterpret_cast<const char*>(row) + i);
-}
-
 // How many rows ahead of the one that is read another is fetched.
 template <class T>
 int64_t ahead_of(int64_t width) {
