@@ -69,7 +69,8 @@ class Beside:
     """Limits of one CPU thread that take turns with the operator whose share of them is wanted.
 
     The bandwidth of a shared machine moves by a third from minute to minute, and by a tenth with the pages that an
-    allocation gets. So both see the same minutes, and both read the operator's own inputs where those are large.
+    allocation gets. So both see the same minutes, and both read the operator's own inputs where those are so large that no
+    cache holds a good part of them.
 
     Args:
         names: of ``read``, ``write``, ``copy`` and ``peak``.
@@ -84,7 +85,7 @@ class Beside:
         self, names: Collection[str], inputs: Sequence[Tensor], gemms: Sequence[Gemm] = (), dtype: str = "float32"
     ) -> None:
         large = [tensor.detach() for tensor in inputs if tensor.nbytes >= 1 << 20 and tensor.is_contiguous()]
-        if names and sum(tensor.nbytes for tensor in large) < _CPU_BYTES // 4:
+        if names and sum(tensor.nbytes for tensor in large) < _CPU_BYTES // 2:
             large = [torch.rand(_CPU_BYTES // 4)]
         self._size = sum(tensor.nbytes for tensor in large)
         self._gemms = len(gemms)
