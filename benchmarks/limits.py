@@ -69,8 +69,8 @@ class Beside:
     """Limits of one CPU thread that take turns with the operator whose share of them is wanted.
 
     The bandwidth of a shared machine moves by a third from minute to minute, and by a tenth with the pages that an
-    allocation gets. So both see the same minutes, and both read the operator's own inputs where those are so large that no
-    cache holds a good part of them.
+    allocation gets. So both see the same minutes, and both read the operator's own inputs where those are so large that
+    no cache holds a good part of them.
 
     Args:
         names: of ``read``, ``write``, ``copy`` and ``peak``.

@@ -1,4 +1,5 @@
-// out = a b, or out += a b, in float32 on the CPU: for factors of a few hundred rows that share a large second factor.
+// out = a b, or out += a b, on the CPU with sums in float32: for factors of a few hundred rows that share a large second
+// factor.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +9,14 @@
 
 namespace memkern::cpu {
 
-// a (M, K), b (K, N), out (M, N); strides in elements. out has stride 1 along N.
+// a (M, K), b (K, N), out (M, N) float. K counts steps: one float, or a pair of bfloat16 that lie side by side. Strides of
+// a and b are in steps. out has stride 1 along N.
 struct MatMul {
   ParallelFor run;
   int64_t M, N, K;
-  const float* a;
+  const void* a;
   int64_t a_row, a_col;
-  const float* b;
+  const void* b;
   int64_t b_row, b_col;
   float* out;
   int64_t out_row;
@@ -22,7 +24,9 @@ struct MatMul {
 };
 
 struct MatMulTable {
-  void (*matmul)(const MatMul&);
+  void (*floats)(const MatMul&);
+  // The product of pairs, or null where the processor does not multiply them.
+  void (*(*pairs)())(const MatMul&);
 };
 
 }  // namespace memkern::cpu

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TABLE: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "configs" / "cpu_gemm.json").read_text())[
-    "float32"
-]
+_TABLES: dict[str, list[dict[str, Any]]] = {
+    name: entries
+    for name, entries in json.loads((Path(__file__).parents[1] / "configs" / "cpu_gemm.json").read_text()).items()
+    if name != "about"
+}
 
 
 @functools.cache
@@ -29,9 +31,9 @@ def cpu_model() -> tuple[str, int, int]:
     return found.get("vendor_id", ""), family, model
 
 
-def from_rows(library: str, cpu: tuple[str, int, int]) -> int | None:
-    """From how many rows on ``library`` ("onednn" or "own") multiplies float32 on this CPU model, None for never."""
-    for entry in _TABLE:
+def from_rows(library: str, cpu: tuple[str, int, int], dtype: str = "float32") -> int | None:
+    """From how many rows on ``library`` ("onednn" or "own") multiplies ``dtype`` on this CPU model, None for never."""
+    for entry in _TABLES[dtype]:
         wanted = (entry["vendor"], entry["family"], entry["model"])
         if all(want is None or want == have for want, have in zip(wanted, cpu, strict=True)):
             return entry[f"{library}_from_rows"]  # type: ignore[no-any-return]
@@ -46,15 +48,22 @@ def _rows_here() -> int | None:
 
 
 @functools.cache
-def _own_here() -> int | None:
+def _own_here(dtype: torch.dtype) -> int | None:
     # Measured with the widest vectors alone.
-    return from_rows("own", cpu_model()) if torch.ops.memkern.cpu_isa() == "avx512" else None
+    if torch.ops.memkern.cpu_isa() != "avx512":
+        return None
+    if dtype == torch.bfloat16:
+        return from_rows("own", cpu_model(), "bfloat16") if torch.ops.memkern.matmul_takes_bf16() else None
+    return from_rows("own", cpu_model()) if dtype == torch.float32 else None
 
 
 def own_product(x: Tensor, rows: int) -> bool:
-    """Whether :func:`multiply` makes a product of ``x`` (float32) with so many rows itself, if oneDNN does not."""
-    least = _own_here()
-    return least is not None and x.dtype == torch.float32 and rows >= least
+    """Whether :func:`multiply` makes a product of ``x`` with so many rows itself, if oneDNN does not.
+
+    Of bfloat16 it takes what lies side by side along an even depth, into an output of float32.
+    """
+    least = _own_here(x.dtype)
+    return least is not None and rows >= least
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, own: bool, *, add: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The float32 product of the CPU operators, and the memory that their large gradients come from."""
+"""The products of the CPU operators, and the memory that their large gradients come from."""
 
 from __future__ import annotations
 
@@ -38,6 +38,33 @@ def test_products_of_any_strides(sizes: tuple[int, int, int]) -> None:
         assert ((out - 2 * exact).abs() <= 3 * bound).all()
         wide[:rows, 2 : columns + 2] = 7.0
         assert (wide == 7.0).all()  # nothing beside the output was written
+
+
+@pytest.mark.skipif(
+    native.LIBRARIES["cpu"].loaded and not torch.ops.memkern.matmul_takes_bf16(), reason="no pairs of bfloat16 here"
+)
+class TestPairsOfBfloat16:
+    @pytest.mark.parametrize("sizes", [(1, 1, 2), (5, 7, 6), (13, 100, 300), (130, 193, 1034), (9, 49, 514)])
+    def test_products(self, sizes: tuple[int, int, int]) -> None:
+        rows, columns, depth = sizes
+        wide = torch.randn(columns, depth + 4).bfloat16()
+        for b in (torch.randn(columns, depth).bfloat16().t(), wide[:, 2 : depth + 2].t()):
+            a = torch.randn(rows, 2 * depth).bfloat16()[:, :depth]
+            exact = a.double() @ b.double()
+            bound = 1e-6 * depth**0.5 * (a.double().abs() @ b.double().abs())
+            out = torch.empty(rows, columns)
+            torch.ops.memkern.matmul_rows(out, a, b)
+            assert ((out - exact).abs() <= bound).all()
+            torch.ops.memkern.matmul_rows(out, a, b, True)
+            assert ((out - 2 * exact).abs() <= 3 * bound).all()
+
+    def test_what_does_not_lie_in_pairs_is_refused(self) -> None:
+        out, a, b = torch.empty(3, 5), torch.randn(3, 8).bfloat16(), torch.randn(5, 8).bfloat16()
+        for left, right in ((a[:, :7], b[:, :7].t()), (a, b.t().contiguous()), (a.t().contiguous().t(), b.t())):
+            with pytest.raises(RuntimeError, match="matmul_rows"):
+                torch.ops.memkern.matmul_rows(out, left, right)
+        with pytest.raises(RuntimeError, match="float32 output"):
+            torch.ops.memkern.matmul_rows(out.bfloat16(), a, b.t())
 
 
 def test_no_depth_and_no_rows() -> None:

@@ -156,18 +156,25 @@ def test_saved_memory() -> None:
         assert sum(kept) == expected
 
 
-@pytest.mark.parametrize("library", ["onednn", "own", "blas"])
-def test_either_library_on_the_cpu(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("library", "dtype"),
+    [(library, torch.float32) for library in ("onednn", "own", "blas")]
+    + [(library, torch.bfloat16) for library in ("own", "onednn")],
+)
+def test_either_library_on_the_cpu(library: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the table would choose elsewhere is right here too, with several blocks of rows."""
     if memkern.backends._absent("cpp", "cpu") or not torch.backends.mkldnn.is_available():
         pytest.skip("backend cpp or oneDNN is not here")
+    if library == "own" and dtype == torch.bfloat16 and not torch.ops.memkern.matmul_takes_bf16():
+        pytest.skip("this processor does not multiply pairs of bfloat16")
     from memkern.ops import _cpu_gemm, _expert_update_cpu
     from memkern.reference import expert_update as reference
     from memkern.testing.compare import assert_matches
 
     monkeypatch.setattr(_cpu_gemm, "_rows_here", lambda: 1 if library == "onednn" else None)
-    monkeypatch.setattr(_cpu_gemm, "_own_here", lambda: 1 if library == "own" else None)
+    monkeypatch.setattr(_cpu_gemm, "_own_here", lambda of: 1 if library == "own" else None)
     monkeypatch.setattr(_expert_update_cpu, "BLOCK_ELEMENTS", 2 * 3 * 21)
+    monkeypatch.setattr(_expert_update_cpu, "LOW_ROWS", 2 * 3)
     names = ("states", "hiddens", "probs", "gate_weight", "gate_bias", "update_weight", "update_bias")
     made = (
         torch.randn(5, 2, 3, 21),
@@ -178,7 +185,7 @@ def test_either_library_on_the_cpu(library: str, monkeypatch: pytest.MonkeyPatch
         torch.randn(2, 21, 42) / 4,
         torch.randn(2, 21),
     )
-    arguments: dict[str, Any] = {name: x.requires_grad_() for name, x in zip(names, made, strict=True)}
+    arguments: dict[str, Any] = {name: x.to(dtype).requires_grad_() for name, x in zip(names, made, strict=True)}
     for mask in (None, torch.tensor([True, False, True, True, False])):
         for save in ("activations", "none"):
             assert_matches(
@@ -191,6 +198,8 @@ def test_either_library_on_the_cpu(library: str, monkeypatch: pytest.MonkeyPatch
 def test_the_table_of_cpu_models() -> None:
     assert from_rows("onednn", ("AuthenticAMD", 26, 2)) == 64
     assert from_rows("own", ("AuthenticAMD", 25, 17)) == 16
+    assert from_rows("own", ("AuthenticAMD", 25, 17), "bfloat16") == 16
+    assert from_rows("own", ("GenuineIntel", 6, 143), "bfloat16") is None
     for library in ("onednn", "own"):
         assert from_rows(library, ("GenuineIntel", 6, 143)) is None
         assert from_rows(library, ("", 0, 0)) is None

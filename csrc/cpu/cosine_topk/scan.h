@@ -9,26 +9,10 @@
 #pragma once
 
 #include "cpu/cosine_topk/scan_types.h"
+#include "cpu/steps.h"
 
 namespace memkern::cpu::MK_NS {
 namespace {
-
-#if defined(MK_DOT_BF16)
-// A step is a pair of bfloat16 values in 32 bits.
-using Element32 = uint32_t;
-constexpr int kPerStep = 2;
-MK_INLINE VecF broadcast_step(const Element32* x) {
-  return (VecF::raw)_mm512_castsi512_ps(_mm512_set1_epi32(int(*x)));
-}
-MK_INLINE VecF multiply_add(VecF query, VecF row, VecF sum) {
-  return (VecF::raw)_mm512_dpbf16_ps(sum.v, (__m512bh)query.v, (__m512bh)row.v);
-}
-#else
-using Element32 = float;
-constexpr int kPerStep = 1;
-MK_INLINE VecF broadcast_step(const Element32* x) { return VecF(*x); }
-MK_INLINE VecF multiply_add(VecF query, VecF row, VecF sum) { return fma(query, row, sum); }
-#endif
 
 constexpr int kLanes = VecF::N;
 // Accumulators: at least twelve, to cover the latency of two units, and at most what the registers hold.

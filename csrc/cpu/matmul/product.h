@@ -3,23 +3,20 @@
 // which is what a product with few rows otherwise loses to it.
 //
 // Every element of out is a sum of blocks of kDepth, each in the order of k, whatever the number of rows, columns or
-// threads.
-#include "ops/matmul.h"
+// threads. Compiled for float steps and (matmul_dot.cpp) for pairs of bfloat16. Include after common/vec.h.
+#pragma once
 
-#include "cpu/isa.h"
-
-#include "common/vec.h"
+#include "cpu/steps.h"
 
 namespace memkern::cpu::MK_NS {
-
 namespace {
 
 constexpr int kLanes = VecF::N;
 // A tile of registers: rows x vectors of sums, one broadcast factor and the vectors of b beside them.
 constexpr int kRows = MK_VEC == 512 ? 8 : 4, kVecs = 3, kColumns = kVecs * kLanes;
-constexpr int64_t kDepth = 256;              // of a block
+constexpr int64_t kDepth = 256;              // steps of a block
 constexpr int64_t kPanels = 4;               // of kColumns, in a block
-constexpr int64_t kStep = 8;                 // of k between two prefetches
+constexpr int64_t kBetween = 8;              // steps between two prefetches
 constexpr int64_t kStreamed = 1 << 18;       // elements of out from which on it passes the caches by
 
 // Lines of the block that is packed next, handed out one by one.
@@ -38,9 +35,9 @@ struct Ahead {
   }
 };
 
-// tile (Rows, kColumns) of out from `depth` steps of k. a: row i, step k at a[i a_row + k a_col].
+// tile (Rows, kColumns) of out from `depth` steps. a: row i, step k at a[i a_row + k a_col].
 template <int Rows>
-void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* panel, float* out, int64_t out_row,
+void tile(int64_t depth, const Element32* a, int64_t a_row, int64_t a_col, const float* panel, float* out, int64_t out_row,
           bool add, bool streamed, Ahead& ahead) {
   VecF sum[Rows][kVecs];
   for (int i = 0; i < Rows; ++i) {
@@ -50,16 +47,16 @@ void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const flo
     VecF b[kVecs];
     for (int v = 0; v < kVecs; ++v) b[v] = load(panel + v * kLanes);
     for (int i = 0; i < Rows; ++i) {
-      const VecF x(a[i * a_row]);
-      for (int v = 0; v < kVecs; ++v) sum[i][v] = fma(x, b[v], sum[i][v]);
+      const VecF x = broadcast_step(a + i * a_row);
+      for (int v = 0; v < kVecs; ++v) sum[i][v] = multiply_add(x, b[v], sum[i][v]);
     }
     a += a_col;
     panel += kColumns;
   };
   int64_t k = 0;
-  for (; k + kStep <= depth; k += kStep) {
+  for (; k + kBetween <= depth; k += kBetween) {
     ahead.next();
-    for (int64_t j = 0; j < kStep; ++j) step();
+    for (int64_t j = 0; j < kBetween; ++j) step();
   }
   for (; k < depth; ++k) step();
   for (int i = 0; i < Rows; ++i) {
@@ -72,7 +69,7 @@ void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const flo
   }
 }
 
-using Tile = void (*)(int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t, bool, bool, Ahead&);
+using Tile = void (*)(int64_t, const Element32*, int64_t, int64_t, const float*, float*, int64_t, bool, bool, Ahead&);
 
 template <int... Rows>
 constexpr std::array<Tile, sizeof...(Rows)> tiles(std::integer_sequence<int, Rows...>) {
@@ -117,7 +114,8 @@ void transpose(const float* from, int64_t from_row, float* to) {
 
 // panel[k][j] = b[k, first + j] of `depth` x `columns`, the rest of a panel's columns zero.
 void pack(const MatMul& p, int64_t k0, int64_t depth, int64_t first, int64_t columns, float* panel) {
-  const float* b = p.b + k0 * p.b_row + first * p.b_col;
+  // Only moved: whatever a step holds, it is 32 bits.
+  const float* b = static_cast<const float*>(p.b) + k0 * p.b_row + first * p.b_col;
   if (columns < kColumns) std::memset(panel, 0, size_t(depth * kColumns) * sizeof(float));
   if (p.b_col == 1) {
     for (int64_t k = 0; k < depth; ++k) {
@@ -141,7 +139,7 @@ void pack(const MatMul& p, int64_t k0, int64_t depth, int64_t first, int64_t col
 #endif
   for (int64_t j = 0; j < columns; ++j) {
     for (int64_t k = j < packed_columns ? packed_depth : 0; k < depth; ++k) {
-      panel[k * kColumns + j] = b[k * p.b_row + j * p.b_col];
+      std::memcpy(panel + k * kColumns + j, b + k * p.b_row + j * p.b_col, sizeof(float));
     }
   }
 }
@@ -150,7 +148,7 @@ void pack(const MatMul& p, int64_t k0, int64_t depth, int64_t first, int64_t col
 void columns_of(const MatMul& p, int64_t first, int64_t last, bool streamed) {
   const int64_t panels = (last - first + kColumns - 1) / kColumns;
   Scratch<float> packed(panels * kDepth * kColumns);
-  Scratch<float> factors(kRows * kDepth);
+  Scratch<Element32> factors(kRows * kDepth);
   alignas(64) float partial[kRows * kColumns];
   for (int64_t k0 = 0; k0 < p.K; k0 += kDepth) {
     const int64_t depth = std::min(kDepth, p.K - k0);
@@ -165,7 +163,7 @@ void columns_of(const MatMul& p, int64_t first, int64_t last, bool streamed) {
     const int64_t next_k = down ? k0 + kDepth : 0, next_j = down ? first : last;
     if (next_j < p.N) {
       const int64_t next_depth = std::min(kDepth, p.K - next_k), next_columns = std::min(last - first, p.N - next_j);
-      const float* from = p.b + next_k * p.b_row + next_j * p.b_col;
+      const float* from = static_cast<const float*>(p.b) + next_k * p.b_row + next_j * p.b_col;
       ahead.run = reinterpret_cast<const char*>(from);
       if (p.b_col == 1) {
         ahead.runs = next_depth, ahead.lines = (next_columns + 15) / 16, ahead.stride = 4 * p.b_row;
@@ -175,7 +173,7 @@ void columns_of(const MatMul& p, int64_t first, int64_t last, bool streamed) {
     }
     for (int64_t i = 0; i < p.M; i += kRows) {
       const int64_t rows = std::min<int64_t>(kRows, p.M - i);
-      const float* a = p.a + i * p.a_row + k0 * p.a_col;
+      const Element32* a = static_cast<const Element32*>(p.a) + i * p.a_row + k0 * p.a_col;
       int64_t a_row = p.a_row, a_col = p.a_col;
       if (a_col != 1) {
         for (int64_t k = 0; k < depth; ++k) {
@@ -204,7 +202,7 @@ void columns_of(const MatMul& p, int64_t first, int64_t last, bool streamed) {
   if (streamed) stream_fence();
 }
 
-void matmul_of(const MatMul& p) {
+void product(const MatMul& p) {
   const bool aligned = reinterpret_cast<uintptr_t>(p.out) % 64 == 0 && p.out_row % 16 == 0;
   const bool streamed = aligned && !p.add && p.K <= kDepth && p.M * p.N >= kStreamed;
   if (p.K == 0 && !p.add) {
@@ -217,7 +215,4 @@ void matmul_of(const MatMul& p) {
 }
 
 }  // namespace
-
-extern const MatMulTable matmul = {matmul_of};
-
 }  // namespace memkern::cpu::MK_NS
