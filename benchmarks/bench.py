@@ -207,13 +207,13 @@ def _times(
             if made is not None:
                 calls[name] = made[0]
         beside = _beside(case, mode, arguments if calls else {})
-        times = cpu_times(calls | beside.calls, seconds=seconds)
-        rates, products = beside.take(times)
+        taken = cpu_times(calls | beside.calls, seconds=seconds)
+        rates, products = beside.take(taken)
         if rates:
             results.beside[_label(case, mode)] = rates
         if products is not None:
             results.gemms[_label(case, mode)] = products
-        return {name: (found, None) for name, found in times.items()}
+        return {name: (times, None) for name, times in taken.items()}
     count = rotations(case.work.forward.bytes, torch.device("cuda"))
     sets = [case.arguments(grad=grad, seed=seed) for seed in range(count)]
     found: dict[str, tuple[Times, int | None]] = {}
