@@ -2,6 +2,8 @@
 // Include after survivors.h.
 #pragma once
 
+#include "cpu/cosine_topk/rank.h"
+
 namespace memkern::cpu::MK_NS {
 namespace {
 
@@ -18,10 +20,12 @@ class Finish {
         padded_(padded),
         queries_(queries),
         inverses_(most),
-        together_(std::max(capacity, most * capacity / 4)),
+        together_(std::max({capacity, most * capacity / 4, 2 * most * p.k})),
         pairs_(together_),
         sorted_(together_),
-        scored_(capacity) {}
+        scored_(capacity),
+        keys_(capacity + Vec<A>::N),
+        order_(p.k) {}
 
   void operator()(int64_t search, int64_t first, int64_t count, Survivors<A>* lists) {
     Judge<T> judge(p_, queries_);
@@ -40,22 +44,30 @@ class Finish {
   // The k best among entries whose upper ends are their scores.
   void write(int64_t search, int64_t query, const Survivors<A>& list) {
     const A least = A(p_.min_score);
+    Scored<A>* scored = scored_.get();
     int64_t count = 0;
     for (int64_t i = 0; i < list.count; ++i) {
       const Entry<A>& entry = list.entries[i];
-      scored_[count] = {entry.upper, entry.row};
+      scored[count] = {entry.upper, entry.row};
+      keys_[count] = entry.upper;
       // Neither NaN.
       count += entry.upper >= least;
     }
-    Scored<A>* scored = scored_.get();
     const int64_t found = std::min(count, p_.k), at = (search * p_.queries + query) * p_.k;
     A* scores = static_cast<A*>(p_.scores) + at;
     int64_t* indices = p_.indices + at;
-    if (count > p_.k) std::nth_element(scored, scored + p_.k - 1, scored + count, Better());
-    std::sort(scored, scored + found, Better());
-    for (int64_t i = 0; i < found; ++i) {
-      scores[i] = scored[i].score;
-      indices[i] = scored[i].row;
+    if (count <= kMostRanked && rank(keys_.get(), count, found, order_.get())) {
+      for (int64_t i = 0; i < found; ++i) {
+        scores[i] = scored[order_[i]].score;
+        indices[i] = scored[order_[i]].row;
+      }
+    } else {
+      if (count > p_.k) std::nth_element(scored, scored + p_.k - 1, scored + count, Better());
+      std::sort(scored, scored + found, Better());
+      for (int64_t i = 0; i < found; ++i) {
+        scores[i] = scored[i].score;
+        indices[i] = scored[i].row;
+      }
     }
     for (int64_t i = found; i < p_.k; ++i) {
       scores[i] = -std::numeric_limits<A>::infinity();
@@ -121,6 +133,8 @@ class Finish {
   int64_t together_;
   Scratch<Pair> pairs_, sorted_;
   Scratch<Scored<A>> scored_;
+  Scratch<A> keys_;
+  Scratch<int32_t> order_;
 };
 
 }  // namespace

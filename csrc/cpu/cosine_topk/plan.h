@@ -20,12 +20,12 @@ struct Plan {
   const ScanKernels* kernels;  // null: stream
 };
 
-// The k best rows leave about k / kSample in the sample. With six standard deviations more, the row at this place in the
-// sample lies below the k-th best of all but for one query in many millions, and such a query is found out and scanned
-// again with the rank k, which needs no luck.
+// The k best rows leave about k / kSample in the sample. With four and a half standard deviations more, the row at this
+// place in the sample lies below the k-th best of all but for one query in some hundred thousand, and such a query is
+// found out and scanned again with the rank k, which needs no luck. More certainty would cost every query more survivors.
 inline int64_t sample_rank(int64_t k) {
   const double mean = double(k) / double(kSample);
-  return std::min(k, int64_t(mean + 6 * std::sqrt(mean)) + 5);
+  return std::min(k, int64_t(mean + 4.5 * std::sqrt(mean)) + 3);
 }
 
 template <class T>

@@ -176,15 +176,39 @@ MK_INLINE bool any_open(const float* bounds, int64_t vectors) {
   return open != 0;
 }
 
-__attribute__((noinline)) void report(const TileScan& t, VecF upper, uint32_t hits, int64_t first_query, int64_t row) {
-  float values[kLanes];
-  store(values, upper);
-  for (; hits != 0; hits &= hits - 1) {
-    const int lane = __builtin_ctz(hits);
-    // A hit before may have raised the bound.
-    if (values[lane] >= t.bounds[first_query + lane]) {
-      t.hit(t.context, first_query + lane, t.rows[row], values[lane], values[lane] - 2 * t.margin[row]);
+// places[0 .. count) = base + the lanes where x >= bound; there is room for a whole vector. Without a branch, which nobody
+// could foresee.
+MK_INLINE int64_t list_lanes(VecF x, VecF bound, uint32_t base, uint32_t* places) {
+  const uint32_t hits = at_least(x, bound);
+#if MK_X86 && MK_VEC == 512
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i found = _mm512_maskz_compress_epi32(__mmask16(hits), lanes);
+  _mm512_storeu_si512(places, _mm512_add_epi32(found, _mm512_set1_epi32(int(base))));
+  return __builtin_popcount(hits);
+#else
+  int64_t count = 0;
+  for (uint32_t left = hits; left != 0; left &= left - 1) places[count++] = base + uint32_t(__builtin_ctz(left));
+  return count;
+#endif
+}
+
+// `uppers` (kRowsAtOnce, Vectors of kLanes): of a group of rows that has at least one hit.
+template <int Vectors>
+__attribute__((noinline)) void report(const TileScan& t, const float* uppers, int64_t first_query, int64_t row) {
+  constexpr uint32_t kWidth = Vectors * kLanes;
+  uint32_t places[kRowsAtOnce<Vectors> * kWidth + kLanes];
+  int64_t count = 0;
+  for (uint32_t r = 0; r < kRowsAtOnce<Vectors>; ++r) {
+    for (uint32_t v = 0; v < kWidth; v += kLanes) {
+      const uint32_t at = r * kWidth + v;
+      count += list_lanes(load(uppers + at), load(t.bounds + first_query + v), at, places + count);
     }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t of = row + places[i] / kWidth, query = first_query + places[i] % kWidth;
+    const float upper = uppers[places[i]];
+    // A hit before may have raised the bound.
+    if (upper >= t.bounds[query]) t.hit(t.context, query, t.rows[of], upper, upper - 2 * t.margin[of]);
   }
 }
 
@@ -228,16 +252,24 @@ __attribute__((noinline)) void scan_panel(const TileScan& t, const Element32* pa
       }
     }
     ahead.at = fetch < ahead.end ? fetch : ahead.end;
+    uint32_t hits = 0;
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const VecF inverse(t.inverse[row + r]), margin(t.margin[row + r]);
 #pragma GCC unroll 3
       for (int v = 0; v < Vectors; ++v) {
-        const int64_t first = first_query + v * kLanes;
-        const VecF upper = fma(sums[r][v], inverse, margin);
-        const uint32_t hits = at_least(upper, load(t.bounds + first));
-        if (__builtin_expect(hits != 0, 0)) report(t, upper, hits, first, row + r);
+        sums[r][v] = fma(sums[r][v], inverse, margin);
+        hits |= at_least(sums[r][v], load(t.bounds + first_query + v * kLanes));
       }
+    }
+    if (hits != 0) {
+      alignas(64) float uppers[R * Vectors * kLanes];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v) store(uppers + (r * Vectors + v) * kLanes, sums[r][v]);
+      }
+      report<Vectors>(t, uppers, first_query, row);
     }
   }
 }
