@@ -18,37 +18,46 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
 
-def read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()))
+Show = Callable[[dict[str, Any], Path], str]
 
 
-def targets() -> str:
-    """Every target that was measured, machine by machine."""
+def measured(pattern: str) -> Callable[[Show], Callable[[], str]]:
+    """Turns what shows one results file into what shows all of them that match."""
+
+    def decorate(show: Show) -> Callable[[], str]:
+        def section() -> str:
+            parts = [show(json.loads(path.read_text()), path) for path in sorted(RESULTS.glob(pattern))]
+            return "\n\n".join(parts) or "Nothing measured yet."
+
+        return section
+
+    return decorate
+
+
+@measured("*/ops.json")
+def targets(content: dict[str, Any], path: Path) -> str:
+    """Every target that was measured."""
     from memkern.benchmarks.bench import Promise
     from memkern.benchmarks.machine import line
     from memkern.benchmarks.registry import Target
     from memkern.benchmarks.report import PROMISE_HEADER, markdown, overheads, promise_cells
 
-    parts = []
-    for path in sorted(RESULTS.glob("*/ops.json")):
-        content = read(path)
-        rows = []
-        for entry in content["targets"]:
-            fields = {name: entry[name] for name in Target.__dataclass_fields__}
-            promise = Promise(entry["op"], Target(**fields), entry["measured"], entry["note"])
-            if promise.measured is not None:
-                rows.append(promise_cells(promise))
-        facts = content["machine"]
-        how = "device time" if facts["device"] == "cuda" else "process CPU time, one thread"
-        beside = f" Beside the kernels: {overheads(content['overheads'])}." if content.get("overheads") else ""
-        missed = [row for row in rows if row[-1] != "met"]
-        told = f"{len(rows) - len(missed)} of {len(rows)} targets are met"
-        if missed:
-            told += f"; missed:\n\n{markdown(PROMISE_HEADER, missed)}"
-        plot = f"![Times as fast as plain PyTorch]({path.with_suffix('.png').relative_to(ROOT)})"
-        every = folded("Every target", markdown(PROMISE_HEADER, rows))
-        parts.append(f"{line(facts)}; {how}.{beside}\n\n{plot}\n\n{told}\n\n{every}")
-    return "\n\n".join(parts) or "Nothing measured yet."
+    rows = []
+    for entry in content["targets"]:
+        fields = {name: entry[name] for name in Target.__dataclass_fields__}
+        promise = Promise(entry["op"], Target(**fields), entry["measured"], entry["note"])
+        if promise.measured is not None:
+            rows.append(promise_cells(promise))
+    facts = content["machine"]
+    how = "device time" if facts["device"] == "cuda" else "process CPU time, one thread"
+    beside = f" Beside the kernels: {overheads(content['overheads'])}." if content.get("overheads") else ""
+    missed = [row for row in rows if row[-1] != "met"]
+    told = f"{len(rows) - len(missed)} of {len(rows)} targets are met"
+    if missed:
+        told += f"; missed:\n\n{markdown(PROMISE_HEADER, missed)}"
+    plot = f"![Times as fast as plain PyTorch]({path.with_suffix('.png').relative_to(ROOT)})"
+    every = folded("Every target", markdown(PROMISE_HEADER, rows))
+    return f"{line(facts)}; {how}.{beside}\n\n{plot}\n\n{told}\n\n{every}"
 
 
 def recall() -> str:
@@ -71,14 +80,11 @@ def folded(title: str, text: str) -> str:
     return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
-def gate() -> str:
+@measured("recall/hybrid-retrieval-gate.json")
+def gate(content: dict[str, Any], path: Path) -> str:
     """What a closed retrieval gate saves."""
     from memkern.benchmarks.report import markdown
 
-    path = RESULTS / "recall" / "hybrid-retrieval-gate.json"
-    if not path.exists():
-        return "Nothing measured yet."
-    content = read(path)
     rows = [
         [name, f"{value:.1f} ms", f"{content['ratio'][name]:.3f}", ", ".join(content["profile"][name]) or "neither"]
         for name, value in content["milliseconds"].items()
@@ -93,14 +99,11 @@ def gate() -> str:
     return f"{shape}; {content['machine']}; {content['repeats']} repeats in turn.\n\n{markdown(header, rows)}"
 
 
-def text() -> str:
+@measured("recall/self-rag-text.json")
+def text(content: dict[str, Any], path: Path) -> str:
     """Self-RAG on real text: perplexity of held-out passages, and retrieval beside BM25."""
     from memkern.benchmarks.report import markdown
 
-    path = RESULTS / "recall" / "self-rag-text.json"
-    if not path.exists():
-        return "Nothing measured yet."
-    content = read(path)
     names = {
         "none": "nothing",
         "random": "random passages",
@@ -121,83 +124,76 @@ def text() -> str:
     )
 
 
-def step() -> str:
+@measured("*/gmm_step.json")
+def step(content: dict[str, Any], path: Path) -> str:
     """A training step of GMM-XLNet: its memory part against plain modules, and the whole against XLNet."""
     from memkern.benchmarks.machine import line
     from memkern.benchmarks.report import markdown
 
-    parts = []
-    for path in sorted(RESULTS.glob("*/gmm_step.json")):
-        content = read(path)
-        memory, whole = [], []
-        for row in content["results"]:
-            if row["part"] == "step":
-                whole.append([row["model"], f"{row['seconds']:.1f} s", f"{row['ratio_to_base']:.3f}"])
-                continue
-            plain, ours, limit = row["seconds"]["plain"], row["seconds"]["memkern"], row["limit"]
-            times = [f"{1e3 * plain:.0f} ms", f"{1e3 * ours:.0f} ms"]
-            shares = (
-                ["-"] * 3 if limit is None else [f"{plain / limit:.2f}x", f"{limit / plain:.2f}", f"{limit / ours:.2f}"]
-            )
-            memory.append([str(row["experts"]), *times, f"{row['speedup']:.2f}x", *shares])
-        sizes = content["settings"]
-        what = f"batch {sizes['batch']}, {sizes['slots']} slots, width {sizes['width']}, float32, forward and backward"
-        parts.append(f"{what}; {line(content['machine'])}; process CPU time, one thread.")
-        if memory:
-            head = [
-                "experts",
-                "plain modules",
-                "memkern",
-                "speedup",
-                "at most",
-                "plain: share of FMA peak",
-                "memkern: share",
-            ]
-            parts.append(markdown(head, memory))
-        if whole:
-            head = [f"whole step, {sizes['layers']} layers, {sizes['length']} tokens", "time", "of XLNet's"]
-            parts.append(markdown(head, whole))
-    return "\n\n".join(parts) or "Nothing measured yet."
+    memory, whole = [], []
+    for row in content["results"]:
+        if row["part"] == "step":
+            whole.append([row["model"], f"{row['seconds']:.1f} s", f"{row['ratio_to_base']:.3f}"])
+            continue
+        plain, ours, limit = row["seconds"]["plain"], row["seconds"]["memkern"], row["limit"]
+        times = [f"{1e3 * plain:.0f} ms", f"{1e3 * ours:.0f} ms"]
+        shares = (
+            ["-"] * 3 if limit is None else [f"{plain / limit:.2f}x", f"{limit / plain:.2f}", f"{limit / ours:.2f}"]
+        )
+        memory.append([str(row["experts"]), *times, f"{row['speedup']:.2f}x", *shares])
+    sizes = content["settings"]
+    what = f"batch {sizes['batch']}, {sizes['slots']} slots, width {sizes['width']}, float32, forward and backward"
+    parts = [f"{what}; {line(content['machine'])}; process CPU time, one thread."]
+    if memory:
+        times = ["experts", "plain modules", "memkern", "speedup"]
+        parts.append(markdown([*times, "at most", "plain: share of FMA peak", "memkern: share"], memory))
+    if whole:
+        named = f"whole step, {sizes['layers']} layers, {sizes['length']} tokens"
+        parts.append(markdown([named, "time", "of XLNet's"], whole))
+    return "\n\n".join(parts)
 
 
-def store() -> str:
+@measured("*/store.json")
+def store(content: dict[str, Any], path: Path) -> str:
     """Times and sizes of a store with a million chunks."""
     from memkern.benchmarks.machine import line
     from memkern.benchmarks.report import markdown
 
-    parts = []
-    for path in sorted(RESULTS.glob("*/store.json")):
-        content = read(path)
-        rows = []
-        for name, value in content["results"].items():
-            words, _, unit = name.rpartition("_")
-            shown = f"{value / 2**30:.2f} GiB" if unit == "bytes" else f"{value:.2f} s"
-            rows.append([words.replace("_", " "), shown])
-        what = f"{content['chunks']:,} chunks of width {content['width']}, {content['dtype']}"
-        how = f"wall time on a shared machine, threads: {content['threads']}"
-        parts.append(f"{what}; {line(content['machine'])}; {how}.\n\n{markdown(['step', 'measured'], rows)}")
-    return "\n\n".join(parts) or "Nothing measured yet."
+    rows = []
+    for name, value in content["results"].items():
+        words, _, unit = name.rpartition("_")
+        shown = f"{value / 2**30:.2f} GiB" if unit == "bytes" else f"{value:.2f} s"
+        rows.append([words.replace("_", " "), shown])
+    what = f"{content['chunks']:,} chunks of width {content['width']}, {content['dtype']}"
+    how = f"wall time on a shared machine, threads: {content['threads']}"
+    return f"{what}; {line(content['machine'])}; {how}.\n\n{markdown(['step', 'measured'], rows)}"
 
 
-def exactness() -> str:
+@measured("*/search_sizes.json")
+def sizes(content: dict[str, Any], path: Path) -> str:
+    """The search over widths, rows, queries and k."""
+    from memkern.benchmarks.machine import line
+    from memkern.benchmarks.report import markdown
+    from memkern.benchmarks.systems.search_sizes import HEADER, cells
+
+    table = markdown(HEADER, [cells(row) for row in content["results"]])
+    return f"float32; {line(content['machine'])}; process CPU time, one thread.\n\n{table}"
+
+
+@measured("*/search_exactness.json")
+def exactness(content: dict[str, Any], path: Path) -> str:
     """The search against a float64 brute force."""
     from memkern.benchmarks.machine import line
     from memkern.benchmarks.report import markdown
 
-    parts = []
-    for path in sorted(RESULTS.glob("*/search_exactness.json")):
-        content = read(path)
-        header = ["database", "neighbours found", "wrong", "that change with the batching"]
-        rows = []
-        for name in dict.fromkeys(entry["database"] for entry in content["results"]):
-            own = [entry for entry in content["results"] if entry["database"] == name]
-            found = content["k"] * sum(entry["queries"] for entry in own)
-            rows.append(
-                [name, f"{found:,}", *(str(sum(entry[key] for entry in own)) for key in ("wrong", "other_bits"))]
-            )
-        what = f"{content['rows']:,} rows of {content['width']}, float32 and bfloat16, k = {content['k']}"
-        parts.append(f"{what}; {line(content['machine'])}.\n\n{markdown(header, rows)}")
-    return "\n\n".join(parts) or "Nothing measured yet."
+    header = ["database", "neighbours found", "wrong", "that change with the batching"]
+    rows = []
+    for name in dict.fromkeys(entry["database"] for entry in content["results"]):
+        own = [entry for entry in content["results"] if entry["database"] == name]
+        found = content["k"] * sum(entry["queries"] for entry in own)
+        rows.append([name, f"{found:,}", *(str(sum(entry[key] for entry in own)) for key in ("wrong", "other_bits"))])
+    what = f"{content['rows']:,} rows of {content['width']}, float32 and bfloat16, k = {content['k']}"
+    return f"{what}; {line(content['machine'])}.\n\n{markdown(header, rows)}"
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -206,6 +202,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gate": gate,
     "text": text,
     "step": step,
+    "sizes": sizes,
     "store": store,
     "exactness": exactness,
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from memkern.benchmarks import bench, overheads, registry, report
+from memkern.benchmarks import bench, limits, overheads, registry, report
 from memkern.benchmarks.bench import Promise, Results, Row
 from memkern.benchmarks.registry import Gemm, Target
 from memkern.benchmarks.timing import Times, cpu_times
@@ -164,6 +164,32 @@ def test_targets_are_ratios_of_the_fastest_of_ours() -> None:
     found = promise([row("cpp", 2 * read / LIMITS["read"])], Target("small", "fwd", "read", 0.8))
     assert found.measured == pytest.approx(0.5)
     assert promise([row("eager", 7.0)], Target("small", "fwd", "eager", 4.0)).met is None
+
+
+def test_limits_that_took_turns_stand_before_those_of_the_start() -> None:
+    case = registry.spec("route_experts").case("small")
+    results = Results({"device": "cpu"}, LIMITS, [], beside={"route_experts mean small float32 fwd": {"read": 3e10}})
+    assert results.limits_of(case, "fwd") == LIMITS | {"read": 3e10}
+    assert results.limits_of(case, "bwd") == LIMITS
+    assert Results.from_dict(results.as_dict()).beside == results.beside
+
+
+def test_limits_beside_an_operator_read_its_inputs_if_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_CPU_BYTES", 4 << 20)
+    large, small = torch.zeros(1 << 20), torch.zeros(16)
+    beside = limits.Beside(("read",), [large, small], [Gemm(8, 8, 8), Gemm(4, 4, 4)])
+    times = cpu_times({"operator": lambda: None} | beside.calls, seconds=0.01, rounds=5)
+    read = min(times[name].least for name in ("limit sum", "limit read") if name in times)
+    gemms = [[t.least for name, t in times.items() if name.startswith(f"limit gemm {i} ")] for i in range(2)]
+    rates, seconds = beside.take(times)
+    assert set(times) == {"operator"}
+    assert rates == {"read": large.nbytes / read}
+    assert seconds == min(gemms[0]) + min(gemms[1])
+    # Small inputs say nothing about main memory: a buffer of its own.
+    alone = limits.Beside(("write",), [small])
+    rates, seconds = alone.take(cpu_times(alone.calls, seconds=0.01, rounds=5))
+    assert 1e8 < rates["write"] < 1e13
+    assert seconds is None
 
 
 def test_quantiles() -> None:

@@ -128,6 +128,11 @@ void tails() {
     for (int i = 0; i < n; ++i) expect(to_acc(out[i]) == A(i + 2), "store_n", i);
     expect(to_acc(out[n]) == A(-5), "store_n past the end", n);
     expect(reduce_sum(x) == A(n * (n + 1) / 2), "reduce_sum", n);
+    const Vec<A> four[4] = {x, -x, x + x, Vec<A>(A(0))};
+    A sums[4];
+    reduce_four(four, sums);
+    const A sum = A(n * (n + 1) / 2);
+    expect(sums[0] == sum && sums[1] == -sum && sums[2] == 2 * sum && sums[3] == 0, "reduce_four", n);
     expect(reduce_max(x) == A(n), "reduce_max", n);
     expect(reduce_min(x) == A(n == N ? 1 : 0), "reduce_min", n);
     expect(any(iota<A>() < A(n)) == (n > 0) && all(iota<A>() < A(n)) == (n == N), "masks", n);

@@ -67,11 +67,14 @@ __attribute__((noinline)) void stream_rows(const StreamScan<acc_t<T>>& s, const 
       }
     }
   }
+  static_assert(kStreamRows == 4, "reduced by fours");
+  reduce_four(squares, s.squares);
+  Vec<A> sums[kStreamRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kStreamRows; ++r) {
-    s.squares[r] = reduce_sum(squares[r]);
+  for (int q = 0; q < Queries; ++q) {
 #pragma GCC unroll 4
-    for (int q = 0; q < Queries; ++q) s.dots[q * s.dots_stride + r] = reduce_sum(dots[r][q]);
+    for (int r = 0; r < kStreamRows; ++r) sums[r] = dots[r][q];
+    reduce_four(sums, s.dots + q * s.dots_stride);
   }
 }
 
