@@ -205,12 +205,9 @@ _ODD = ("odd", "one", "empty")
 _CPU = tuple(
     Target(size, mode, "gemm", share, dtype=dtype)
     for dtype in ("float32", "bfloat16")
-    for size, mode, share in (
-        ("small", "fwd", 1 / 1.2),
-        ("medium", "fwd", 1 / 1.15),
-        ("small", "fwd+bwd", 1 / 1.25),
-        ("medium", "fwd+bwd", 1 / 1.25),
-    )
+    for sizes, forward in ((("small", "experts-2", "experts-8", "experts-16"), 1 / 1.2), (("medium",), 1 / 1.15))
+    for size in sizes
+    for mode, share in (("fwd", forward), ("fwd+bwd", 1 / 1.25))
 )
 _NEVER_SLOWER = tuple(
     Target(size, mode, "eager", 1.0, dtype=dtype)

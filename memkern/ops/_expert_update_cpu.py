@@ -154,12 +154,13 @@ def update_experts_fwd(
 
 
 def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """A new tensor; a large one from the memory of those that training has dropped."""
-    dtype = dtype or like.dtype
-    if dtype == torch.float32 and 4 * math.prod(shape) >= RECYCLED_BYTES:
-        made: Tensor = torch.ops.memkern.empty_recycled(shape)
-        return made
-    return like.new_empty(shape, dtype=dtype)
+    """A new contiguous tensor; a large one from the memory of those that training has dropped."""
+    made = like.new_empty((0,), dtype=dtype or like.dtype)
+    size = math.prod(shape) * made.itemsize
+    if made.dtype == torch.float64 or size < RECYCLED_BYTES:
+        return made.resize_(shape)
+    kept: Tensor = torch.ops.memkern.empty_recycled([-(-size // 4)])
+    return made.set_(kept.untyped_storage(), 0, torch.Size(shape))  # type: ignore[call-overload, no-any-return]
 
 
 def _beside(both: Tensor, x: Tensor) -> Tensor:
@@ -285,7 +286,7 @@ def update_experts_bwd(
         )
         d_hiddens = found.view(hiddens.shape).to(hiddens.dtype) if need_hiddens else hiddens.new_empty((0,))
         return d_states, d_hiddens, d_probs, d_weights[0], d_biases[0], d_weights[1], d_biases[1]
-    d_products = states.new_empty((rows, experts, 2, width), dtype=dtype)
+    d_products = _empty(states, (rows, experts, 2, width), dtype)
     torch.ops.memkern.expert_mix_backward(
         d_products,
         d_probs if need_probs else None,
@@ -306,7 +307,9 @@ def update_experts_bwd(
             torch.ops.memkern.expert_mix_states(d_states, grad, p, gates, d, mask, expert)
     d_hiddens = hiddens.new_empty((0,))
     if need_hiddens:
-        stacked = torch.stack((gate_weight[:, :, width:], update_weight[:, :, width:]), 1).to(dtype)
+        stacked = _empty(states, (experts, 2, width, width), dtype)
+        for half, weight in enumerate((gate_weight, update_weight)):
+            stacked[:, half].copy_(weight[:, :, width:])
         d = through(d_products.view(rows, -1), stacked.view(-1, width))
         d_hiddens = d.view(hiddens.shape).to(hiddens.dtype)
     if need_params:
