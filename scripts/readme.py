@@ -180,6 +180,18 @@ def sizes(content: dict[str, Any], path: Path) -> str:
     return f"float32; {line(content['machine'])}; process CPU time, one thread.\n\n{table}"
 
 
+@measured("*/scan_length.json")
+def length(content: dict[str, Any], path: Path) -> str:
+    """The memory scan over the length of its sequence."""
+    from memkern.benchmarks.machine import line
+    from memkern.benchmarks.report import markdown
+    from memkern.benchmarks.systems.scan_length import HEADER, cells
+
+    shape = ", ".join(f"{letter} = {size}" for letter, size in content["shape"].items())
+    table = markdown(HEADER, [cells(row) for row in content["results"]])
+    return f"{shape}, float32; {line(content['machine'])}; process CPU time, one thread.\n\n{table}"
+
+
 @measured("*/search_exactness.json")
 def exactness(content: dict[str, Any], path: Path) -> str:
     """The search against a float64 brute force."""
@@ -202,6 +214,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gate": gate,
     "text": text,
     "step": step,
+    "length": length,
     "sizes": sizes,
     "store": store,
     "exactness": exactness,
