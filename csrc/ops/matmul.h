@@ -4,13 +4,14 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/host.h"
 #include "cpu/dispatch.h"
 
 namespace memkern::cpu {
 
-// a (M, K), b (K, N), out (M, N) float. K counts steps: one float, or a pair of bfloat16 that lie side by side. Strides of
-// a and b are in steps. out has stride 1 along N.
+// a (M, K), b (K, N), out (M, N): float, or factors of bfloat16 and an output of either. Strides in elements; out has
+// stride 1 along N.
 struct MatMul {
   ParallelFor run;
   int64_t M, N, K;
@@ -18,14 +19,17 @@ struct MatMul {
   int64_t a_row, a_col;
   const void* b;
   int64_t b_row, b_col;
+  // One of the two.
   float* out;
+  bf16* rounded;
   int64_t out_row;
+  // To out, never to what is rounded.
   bool add;
 };
 
 struct MatMulTable {
   void (*floats)(const MatMul&);
-  // The product of pairs, or null where the processor does not multiply them.
+  // The product of bfloat16, or null where the processor does not multiply pairs of them.
   void (*(*pairs)())(const MatMul&);
 };
 

@@ -170,7 +170,7 @@ def _beside(both: Tensor, x: Tensor) -> Tensor:
     return part
 
 
-def _backward_by_blas(
+def _backward_by_expert(
     dtype: torch.dtype,
     grad: Tensor,
     states: Tensor,
@@ -192,17 +192,18 @@ def _backward_by_blas(
         x: rows of the hiddens, with which ``d_weights`` and ``d_biases`` are filled, or None.
     """
     batch, experts, slots, width = states.shape
-    rows = batch * slots
+    rows, sums = batch * slots, accumulator(states)
     # One expert at a time: what its gates send back is in the cache when the products read it.
-    d, through = states.new_empty((2, rows, width), dtype=dtype), states.new_empty((rows, 2 * width), dtype=dtype)
+    d = states.new_empty((2, rows, width), dtype=dtype)
     d_products = d.transpose(0, 1).unsqueeze(1)
-    d_hiddens = d.new_zeros((rows if need_hiddens else 0, width))
-    # The columns of the weights that are asked for: those of the states, of the hiddens, or both.
-    columns = slice(0 if d_states is not None else width, 2 * width if need_hiddens else width)
-    onto = through[:, columns]
-    both = None if x is None else _beside(torch.empty_like(through), x)
-    exact = [w if w.dtype == d.dtype else w.new_empty(w.shape, dtype=d.dtype) for w in d_weights]
     own = own_product(d, rows)
+    d_hiddens = d.new_zeros((rows if need_hiddens else 0, width), dtype=sums)
+    to_states = d.new_empty((rows if d_states is not None else 0, width), dtype=sums)
+    # BLAS takes the columns of the weights that are asked for at once: those of the states, of the hiddens, or both.
+    columns = slice(0 if d_states is not None else width, 2 * width if need_hiddens else width)
+    through = d.new_empty((0 if own else rows, 2 * width))
+    both = None if x is None else _beside(d.new_empty((rows, 2 * width)), x)
+    exact = [w if w.dtype == d.dtype else w.new_empty(w.shape, dtype=d.dtype) for w in d_weights]
     for expert in range(experts):
         torch.ops.memkern.expert_mix_backward(
             d_products,
@@ -210,14 +211,21 @@ def _backward_by_blas(
             *(d_biases if x is not None else (None, None)),
             grad, states, probs, gates, updates, mask, expert,
         )  # fmt: skip
-        if d_states is not None or need_hiddens:
-            multiply(onto, d[0], weights[0][expert][:, columns], own)
-            multiply(onto, d[1], weights[1][expert][:, columns], own, add=True)
+        if own:
+            for half, weight in enumerate(weights):
+                if d_states is not None:
+                    multiply(to_states, d[half], weight[expert, :, :width], own, add=half > 0)
+                if need_hiddens:
+                    multiply(d_hiddens, d[half], weight[expert, :, width:], own, add=True)
+        elif d_states is not None or need_hiddens:
+            for half, weight in enumerate(weights):
+                multiply(through[:, columns], d[half], weight[expert][:, columns], own, add=half > 0)
             if d_states is not None:
-                to_states = through[:, :width].contiguous()
-                torch.ops.memkern.expert_mix_states(d_states, grad, probs, gates, to_states, mask, expert)
+                to_states.copy_(through[:, :width])
             if need_hiddens:
                 d_hiddens += through[:, width:]
+        if d_states is not None:
+            torch.ops.memkern.expert_mix_states(d_states, grad, probs, gates, to_states, mask, expert)
         if both is not None:
             into = both.view(batch, slots, 2 * width)[..., :width]
             into.copy_(states[:, expert])
@@ -267,8 +275,8 @@ def update_experts_bwd(
     p, mask = probs.to(f).contiguous(), None if row_mask is None else row_mask.contiguous()
     rows = batch * slots
     onednn = by_onednn(torch.empty(0, dtype=dtype), rows)
-    if not onednn and dtype != torch.bfloat16:
-        found = _backward_by_blas(
+    if not onednn and (dtype != torch.bfloat16 or own_product(torch.empty(0, dtype=dtype), rows)):
+        found = _backward_by_expert(
             dtype,
             grad,
             states,

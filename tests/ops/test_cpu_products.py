@@ -15,12 +15,12 @@ from memkern import native
 pytestmark = pytest.mark.skipif(not native.LIBRARIES["cpu"].loaded, reason="the cpu library was not built")
 
 
-def factor(rows: int, columns: int, layout: str) -> Tensor:
+def factor(rows: int, columns: int, layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
     if layout == "rows":
-        return torch.randn(rows, columns)
+        return torch.randn(rows, columns).to(dtype)
     if layout == "columns":
-        return torch.randn(columns, rows).t()
-    return torch.randn(rows, 3, columns, 2)[:, 1, :, 1]
+        return torch.randn(columns, rows).to(dtype).t()
+    return torch.randn(rows, 3, columns, 2).to(dtype)[:, 1, :, 1]
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 7, 3), (13, 100, 300), (130, 193, 513), (8, 48, 16), (9, 49, 257)])
@@ -44,27 +44,48 @@ def test_products_of_any_strides(sizes: tuple[int, int, int]) -> None:
     native.LIBRARIES["cpu"].loaded and not torch.ops.memkern.matmul_takes_bf16(), reason="no pairs of bfloat16 here"
 )
 class TestPairsOfBfloat16:
-    @pytest.mark.parametrize("sizes", [(1, 1, 2), (5, 7, 6), (13, 100, 300), (130, 193, 1034), (9, 49, 514)])
-    def test_products(self, sizes: tuple[int, int, int]) -> None:
+    @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 7, 6), (13, 100, 301), (130, 193, 1033), (9, 49, 515), (16, 96, 64)])
+    def test_products_of_any_strides(self, sizes: tuple[int, int, int]) -> None:
+        """Also of an odd depth, whose last pair has one element."""
         rows, columns, depth = sizes
-        wide = torch.randn(columns, depth + 4).bfloat16()
-        for b in (torch.randn(columns, depth).bfloat16().t(), wide[:, 2 : depth + 2].t()):
-            a = torch.randn(rows, 2 * depth).bfloat16()[:, :depth]
+        for left, right in itertools.product(("rows", "columns", "strided"), repeat=2):
+            a, b = factor(rows, depth, left, torch.bfloat16), factor(depth, columns, right, torch.bfloat16)
             exact = a.double() @ b.double()
             bound = 1e-6 * depth**0.5 * (a.double().abs() @ b.double().abs())
-            out = torch.empty(rows, columns)
+            wide = torch.full((rows + 1, columns + 5), 7.0)
+            out = wide[:rows, 2 : columns + 2]
             torch.ops.memkern.matmul_rows(out, a, b)
             assert ((out - exact).abs() <= bound).all()
+            once = out.clone()
             torch.ops.memkern.matmul_rows(out, a, b, True)
             assert ((out - 2 * exact).abs() <= 3 * bound).all()
+            rounded = wide.bfloat16()
+            torch.ops.memkern.matmul_rows(rounded[:rows, 2 : columns + 2], a, b)
+            assert torch.equal(rounded[:rows, 2 : columns + 2], once.bfloat16())
+            for written in (wide, rounded):
+                written[:rows, 2 : columns + 2] = 7.0
+                assert (written == 7.0).all()  # nothing beside the output was written
 
-    def test_what_does_not_lie_in_pairs_is_refused(self) -> None:
-        out, a, b = torch.empty(3, 5), torch.randn(3, 8).bfloat16(), torch.randn(5, 8).bfloat16()
-        for left, right in ((a[:, :7], b[:, :7].t()), (a, b.t().contiguous()), (a.t().contiguous().t(), b.t())):
-            with pytest.raises(RuntimeError, match="matmul_rows"):
-                torch.ops.memkern.matmul_rows(out, left, right)
-        with pytest.raises(RuntimeError, match="float32 output"):
-            torch.ops.memkern.matmul_rows(out.bfloat16(), a, b.t())
+    def test_a_last_pair_reads_nothing_behind_it(self) -> None:
+        wide = torch.full((6, 8), torch.nan).bfloat16()
+        wide[:, :7] = 1.0
+        out = torch.empty(6, 6)
+        torch.ops.memkern.matmul_rows(out, wide[:, :7], wide[:, :7].t())
+        assert (out == 7).all()
+
+    def test_no_depth(self) -> None:
+        out = torch.ones(3, 5).bfloat16()
+        torch.ops.memkern.matmul_rows(out, torch.empty(3, 0).bfloat16(), torch.empty(0, 5).bfloat16())
+        assert (out == 0).all()
+
+    def test_other_dtypes_are_refused(self) -> None:
+        out, a, b = torch.empty(3, 5), torch.randn(3, 8).bfloat16(), torch.randn(8, 5).bfloat16()
+        with pytest.raises(RuntimeError, match="both in bfloat16"):
+            torch.ops.memkern.matmul_rows(out, a, b.float())
+        with pytest.raises(RuntimeError, match="an output of float32"):
+            torch.ops.memkern.matmul_rows(out.bfloat16(), a, b, True)
+        with pytest.raises(RuntimeError, match="an output of float32"):
+            torch.ops.memkern.matmul_rows(out.bfloat16(), a.float(), b.float())
 
 
 def test_no_depth_and_no_rows() -> None:
