@@ -58,10 +58,7 @@ def _own_here(dtype: torch.dtype) -> int | None:
 
 
 def own_product(x: Tensor, rows: int) -> bool:
-    """Whether :func:`multiply` makes a product of ``x`` with so many rows itself, if oneDNN does not.
-
-    Of bfloat16 it takes what lies side by side along an even depth, into an output of float32.
-    """
+    """Whether :func:`multiply` makes a product of ``x`` with so many rows itself, if oneDNN does not."""
     least = _own_here(x.dtype)
     return least is not None and rows >= least
 
@@ -70,7 +67,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, own: bool, *, add: bool = False)
     """``out`` = a b, or ``out`` += a b, by our own kernel or by BLAS.
 
     Args:
-        out: (M, N), stride 1 along N; apart from a and b.
+        out: (M, N), stride 1 along N; apart from a and b. Our own kernel makes float32, or from bfloat16 either.
         a: (M, K); b: (K, N), any strides.
         own: what :func:`own_product` says.
     """

@@ -1,17 +1,15 @@
 """``update_experts`` on the CPU: matrix products by MKL or oneDNN, everything between them fused in C++.
 
 Products of (B, K, S, D) states are made expert by expert, on rows gathered into one reused (R, D) workspace, R = B S;
-the hiddens are never copied per expert, nor all states beside them. They run in bfloat16 when states, hiddens and
-weights all are bfloat16, else in float32 (float64 for float64).
+states and hiddens are never laid side by side: each meets its half of a weight in a product of its own. They run in
+bfloat16 when states, hiddens and weights all are bfloat16, else in float32 (float64 for float64).
 
-BLAS (MKL) in float32 and float64: an expert's rows and the hiddens lie side by side in a workspace of (R, 2D), so that
-a weight takes part in one product in forward and in two in backward, whole, contiguous and never copied; d_hiddens
-grows expert by expert. Operands whose rows lie K D apart would fall into the same sets of the cache.
+BLAS (MKL) in float32 and float64, and our own product (``configs/cpu_gemm.json``) in float32 and bfloat16, take a half
+of a weight where it lies. d_hiddens grows expert by expert, in float32 also where operands are bfloat16.
 
-bfloat16 does the same in forward where our own product is used (``configs/cpu_gemm.json``), whose sums stay in float32.
-Else, and in backward, it makes a product for the hiddens and one for the states; the kernel adds them. The hiddens'
-half for all experts is one product per weight, made in the tensors that are kept for backward if they have its dtype;
-d_hiddens is one product over all experts: a sum in float32 that is rounded once, in a fixed order.
+oneDNN in bfloat16, where our own is not used, makes the hiddens' half for all experts in one product per weight, in the
+tensors that are kept for backward if they have its dtype; the kernel adds both halves. d_hiddens is one product over
+all experts: a sum in float32 that is rounded once, in a fixed order.
 
 oneDNN in float32 needs contiguous weights and makes its own outputs: both halves of an expert's two weights are copied
 to a workspace. It is used where it is faster by more than that costs.
@@ -96,20 +94,6 @@ def update_experts_fwd(
     step = max(1, (LOW_ROWS * width if ours and dtype == torch.bfloat16 else BLOCK_ELEMENTS) // (slots * width))
     weights = tuple(w.to(dtype).contiguous() for w in (gate_weight, update_weight))
     rows = min(step, batch) * slots
-    if not onednn and (ours or dtype != torch.bfloat16):
-        beside, products = x.new_empty((rows, 2 * width)), x.new_empty((2, rows, width), dtype=f)
-        for first in range(0, batch, step):
-            last = min(batch, first + step)
-            part = _beside(beside, x[first * slots : last * slots])
-            sums = products[:, : part.shape[0]]
-            for expert in range(experts):
-                part.view(last - first, slots, 2 * width)[..., :width].copy_(states[first:last, expert])
-                for product, weight in zip(sums, weights, strict=True):
-                    multiply(product, part, weight[expert].t(), ours)
-                torch.ops.memkern.expert_mix_forward(
-                    out, *sums.unsqueeze(2), None, None, states, p, *biases, mask, *saved, first, expert
-                )
-        return out, gates, updates
     gathered = x.new_empty((rows, width))
     mix = torch.ops.memkern.expert_mix_forward
 
@@ -118,6 +102,18 @@ def update_experts_fwd(
         into.view(last - first, slots, width).copy_(states[first:last, expert])
         return into
 
+    if not onednn and (ours or dtype != torch.bfloat16):
+        products = x.new_empty((2, rows, width), dtype=f)
+        for first in range(0, batch, step):
+            last = min(batch, first + step)
+            sums, part = products[:, : (last - first) * slots], x[first * slots : last * slots]
+            for expert in range(experts):
+                own = states_of(first, last, expert)
+                for product, weight in zip(sums, weights, strict=True):
+                    multiply(product, own, weight[expert, :, :width].t(), ours)
+                    multiply(product, part, weight[expert, :, width:].t(), ours, add=True)
+                mix(out, *sums.unsqueeze(2), None, None, states, p, *biases, mask, *saved, first, expert)
+        return out, gates, updates
     if onednn:
         own, others = (x.new_empty((2, width, width)) for _ in range(2))
         for expert in range(experts):
@@ -163,13 +159,6 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None)
     return made.set_(kept.untyped_storage(), 0, torch.Size(shape))  # type: ignore[call-overload, no-any-return]
 
 
-def _beside(both: Tensor, x: Tensor) -> Tensor:
-    """As many rows of ``both`` (R, 2D) as ``x`` (n, D) has, with ``x`` in their second half."""
-    part = both[: x.shape[0]]
-    part[:, x.shape[1] :].copy_(x)
-    return part
-
-
 def _backward_by_expert(
     dtype: torch.dtype,
     grad: Tensor,
@@ -202,7 +191,7 @@ def _backward_by_expert(
     # BLAS takes the columns of the weights that are asked for at once: those of the states, of the hiddens, or both.
     columns = slice(0 if d_states is not None else width, 2 * width if need_hiddens else width)
     through = d.new_empty((0 if own else rows, 2 * width))
-    both = None if x is None else _beside(d.new_empty((rows, 2 * width)), x)
+    gathered = d.new_empty((rows if x is not None else 0, width))
     exact = [w if w.dtype == d.dtype else w.new_empty(w.shape, dtype=d.dtype) for w in d_weights]
     for expert in range(experts):
         torch.ops.memkern.expert_mix_backward(
@@ -226,14 +215,15 @@ def _backward_by_expert(
                 d_hiddens += through[:, width:]
         if d_states is not None:
             torch.ops.memkern.expert_mix_states(d_states, grad, probs, gates, to_states, mask, expert)
-        if both is not None:
-            into = both.view(batch, slots, 2 * width)[..., :width]
+        if x is not None:
+            into = gathered.view(batch, slots, width)
             into.copy_(states[:, expert])
             if mask is not None:
                 into.masked_fill_(~mask[:, None, None], 0.0)
             for half, d_weight in enumerate(exact):
-                multiply(d_weight[expert], d[half].t(), both, own)
-    if both is not None:
+                multiply(d_weight[expert, :, :width], d[half].t(), gathered, own)
+                multiply(d_weight[expert, :, width:], d[half].t(), x, own)
+    if x is not None:
         for d_weight, precise in zip(d_weights, exact, strict=True):
             if d_weight is not precise:
                 d_weight.copy_(precise)
