@@ -108,6 +108,34 @@ def test_threads_do_not_change_the_bits(count: int, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("k", [10, 64, 256])
+@pytest.mark.parametrize("draw", ["any", "equal", "equal in the sample", "few values", "rising"])
+def test_a_large_k_finds_what_a_query_finds_alone(k: int, draw: str) -> None:
+    """Few queries are compared with every row in turn, many by samples and bounds: two ways to the same bits."""
+    if memkern.backends._declines("cosine_topk", "cpp", (torch.empty(1, 1),)):
+        pytest.skip("backend cpp is not here")
+    queries, database = torch.randn(40, 33), torch.randn(9000, 33)
+    if draw == "equal":
+        database = database[:1].expand(9000, 33)
+    elif draw == "equal in the sample":
+        row = torch.arange(9000)
+        equal = torch.isin(row % 31, torch.tensor([0, 6, 12, 18, 25])) | (row >= 8500)
+        database = torch.where(equal[:, None], database[:1], -database[:1])
+    elif draw == "few values":
+        database = database[torch.randint(9, (9000,))]
+    elif draw == "rising":
+        database = database[(database @ queries[0]).argsort()]
+    for options in ({}, {"min_score": 0.1}, {"normalized": True}, {"valid": torch.rand(40, 9000) > 0.3}):
+        found = cosine_topk(queries, database, k, backend="cpp", **options)
+        for i in (0, 21, 39):
+            own = {**options, "valid": options["valid"][i : i + 1]} if "valid" in options else options
+            alone = cosine_topk(queries[i : i + 1], database, k, backend="cpp", **own)
+            assert torch.equal(found.indices[i], alone.indices[0])
+            assert torch.equal(found.scores[i], alone.scores[0])
+        if draw == "equal" and not options:
+            assert (found.indices == torch.arange(k)).all()
+
+
 def test_arguments_are_not_changed(backend: Any, search: Any) -> None:
     made = search.arguments((3, 67, 37, 5), grad=True)
     copies = {name: value.clone() for name, value in made.items() if isinstance(value, torch.Tensor)}

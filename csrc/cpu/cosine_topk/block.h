@@ -5,8 +5,7 @@ namespace memkern::cpu::MK_NS {
 namespace {
 
 constexpr int64_t kStreamSteps = 16;  // of each stream at a time
-// From how many queries and what k on the rounding of each row is measured: it takes time, and saves exact scores.
-constexpr int64_t kMeasuredQueries = 64, kMeasuredRank = 64;
+constexpr int64_t kManyQueries = 32;  // from here on their hits outweigh rows that are met one by one
 
 // Norms within these scan safely: squares neither overflow nor lose digits.
 template <class A>
@@ -41,6 +40,8 @@ class Block {
         bounds_(padded_queries_),
         factors_(plan.block),
         states_(plan.block),
+        queries_(plan.exact ? plan.block * plan.padded : 0),
+        query_inverses_(plan.block),
         panels_(panel_floats(plan)),
         tile_stride_(stride_of_tile(plan.kernels, p.width)),
         tile_(kernels_ ? (kTileRows + 1) * tile_stride_ : 1),
@@ -76,7 +77,8 @@ class Block {
   // Scores what scan() found, and writes the k best of each query.
   void finish(int64_t search, int64_t first_query, int64_t count, Survivors<A>* lists) {
     for (int64_t q = 0; q < count; ++q) thin(lists[q], p_.k, 0, keys_.get());
-    finish_(search, first_query, count, lists);
+    if (!plan_.exact) return finish_(search, first_query, count, lists);
+    for (int64_t q = 0; q < count; ++q) finish_.write(search, first_query + q, lists[q]);
   }
 
  private:
@@ -85,45 +87,74 @@ class Block {
 
   // A sample spread over all rows first: with the bound that it leaves few of the rest are appended, whatever their
   // order. `rank`: whose place in the sample makes the bound. With rank < k that is a guess, which close_answered()
-  // verifies.
+  // verifies. Where a hit costs most, a larger sample makes a better guess for the rest.
   void scan_all(int64_t first, int64_t last, int64_t rank) {
     kernels_ = plan_.kernels;
     settled_ = 0;
     rank_ = rank;
+    // Of the first sample little is kept.
+    scoring_ = false;
     prepare(true);
-    const int64_t share = (last - first + kSample - 1) / kSample;
-    int64_t rows[kTileRows];
-    for (int64_t begin = 0; begin < share;) {
-      int64_t count = 0;
-      for (; begin < share && count < kTileRows; ++begin) {
-        const int64_t row = first + begin * kSample;
-        rows[count] = row;
-        count += may_be_found(row);
-      }
-      scan_rows(rows, count, -1);
+    uint32_t left = kAllPlaces & ~kFirstPlaces;
+    scan_places(first, last, kFirstPlaces);
+    guess(rank);
+    if (plan_.exact) {
+      score_lists();
+      guess(rank);
     }
+    if (plan_.exact && rank < p_.k && count_ >= kManyQueries) {
+      left &= ~kSecondPlaces;
+      rank_ = sample_rank(p_.k, kFirstPlaces | kSecondPlaces);
+      scan_places(first, last, kSecondPlaces);
+      guess(rank_);
+    }
+    rank_ = p_.k;
+    scan_places(first, last, left);
+  }
+
+  // The rows of [first, last) at these places of each kSample.
+  void scan_places(int64_t first, int64_t last, uint32_t places) {
+    Tile tiles[2], *tile = &tiles[0], *next = &tiles[1];
+    for (int64_t begin = first; begin < last; begin += kSample) {
+      for (uint32_t left = places; left != 0; left &= left - 1) {
+        const int64_t row = begin + __builtin_ctz(left);
+        if (row >= last) break;
+        next->rows[next->count] = row;
+        next->count += may_be_found(row);
+        if (next->count < kTileRows) continue;
+        scan_rows(*tile, *next);
+        std::swap(tile, next);
+        next->count = 0;
+      }
+    }
+    scan_rows(*tile, *next);
+    scan_rows(*next, {});
+  }
+
+  // From now on lists hold scores.
+  void score_lists() {
+    scoring_ = true;
+    for (int64_t q = 0; q < count_; ++q) {
+      Survivors<A>& list = lists_[q];
+      list.bound = least_bound(q);
+      if (states_[q] == State::kClosed) continue;
+      judge_.load(search_, first_query_ + q, plan_.padded);
+      const int64_t found = judge_.score_all(list, scored_.get());
+      for (int64_t i = 0; i < found; ++i) list.entries[i] = {scored_[i].score, scored_[i].score, scored_[i].row};
+      list.count = found;
+    }
+  }
+
+  // Bounds from the places that the best of a sample have.
+  void guess(int64_t rank) {
     for (int64_t q = 0; q < count_; ++q) {
       guesses_[q] = -std::numeric_limits<A>::infinity();
       if (states_[q] != State::kOpen) continue;
       Survivors<A>& list = lists_[q];
       thin(list, rank, 0, keys_.get());
       list.limit = plan_.capacity;
-      bounds_[q] = list.bound;
+      bounds_[q] = scan_bound(q);
       if (rank < p_.k && list.bound > least_bound(q)) guesses_[q] = list.bound;
-    }
-    rank_ = p_.k;
-    int64_t until_sample = 0;
-    for (int64_t row = first; row < last;) {
-      int64_t count = 0;
-      for (; row < last && count < kTileRows; ++row) {
-        if (until_sample-- == 0) {
-          until_sample = kSample - 1;
-          continue;
-        }
-        rows[count] = row;
-        count += may_be_found(row);
-      }
-      scan_rows(rows, count, row < last ? row : -1);
     }
   }
 
@@ -192,9 +223,7 @@ class Block {
     double margin = scan_margin<A>(p_.width) + loss;
     const bool rounded = kernels_ && kernels_->per_step == 2 && !std::is_same_v<T, bf16>;
     coarse_ = kernels_ && kernels_->per_step == 2 && (rounded || margin > 4 * scan_margin<A>(p_.width));
-    measured_ = rounded && count_ > kMeasuredQueries && p_.k > kMeasuredRank;
-    lost_ = A(1.001 * (1 + loss));
-    if (rounded && !measured_) margin += 0x1p-8 * (1 + loss);
+    if (rounded) margin += 0x1p-8 * (1 + loss);
     margin_ = A(margin * 1.001);
   }
 
@@ -213,16 +242,27 @@ class Block {
     }
     if (special) states_[q] = State::kSpecial;
     const A* query = judge_.query();
+    if (plan_.exact) {
+      query_inverses_[q] = judge_.query_inverse();
+      std::copy_n(query, plan_.padded, queries_.get() + q * plan_.padded);
+    }
     for (int64_t i = 0; i < plan_.padded; ++i) unit[i] = special ? A(0) : A(double(query[i]) * inverse);
     if (fresh && states_[q] != State::kClosed) {
       lists_[q].bound = least_bound(q);
       lists_[q].limit = std::min(plan_.capacity, std::max(4 * rank_ + 64, int64_t(128)));
     }
-    bounds_[q] = states_[q] == State::kOpen ? lists_[q].bound : std::numeric_limits<A>::infinity();
+    bounds_[q] = states_[q] == State::kOpen ? scan_bound(q) : std::numeric_limits<A>::infinity();
   }
 
-  // What `min_score` demands, in what the margins are measured in.
+  // The bound of a list, in what the margins are measured in.
+  A scan_bound(int64_t q) const {
+    const A bound = lists_[q].bound;
+    return scoring_ ? Judge<T>::known_entry({bound, 0}, factors_[q]).lower : bound;
+  }
+
+  // What `min_score` demands, in what a list is measured in.
   A least_bound(int64_t q) const {
+    if (scoring_) return A(p_.min_score);
     const double least = p_.min_score * (states_[q] == State::kSpecial ? 1.0 : factors_[q]);
     return std::abs(least) <= 1e300 ? A(least - std::abs(least) * 0x1p-20) : A(least);
   }
@@ -253,8 +293,7 @@ class Block {
 
   // For each row of a tile what the scan multiplies its products by, and the margin of the result. Both are NaN for a
   // special row, which then passes no bound; such rows are listed, and their number returned.
-  // `lost`: the squares of what rounding took from the rows, where that was measured.
-  int64_t weigh(const A* squares, const A* lost, const int64_t* rows, int64_t count, A* inverse, A* margin,
+  int64_t weigh(const A* squares, const int64_t* rows, int64_t count, A* inverse, A* margin,
                 int64_t* special) const {
     const A nan = std::numeric_limits<A>::quiet_NaN();
     constexpr int N = Vec<A>::N;
@@ -274,10 +313,8 @@ class Block {
         factor = A(1) / length;
         size = Vec<A>(A(1));
       }
-      Vec<A> most = size * margin_;
-      if (lost) most += abs(factor) * sqrt(load(lost + r)) * lost_;
       store(inverse + r, select(plain, factor, Vec<A>(nan)));
-      store(margin + r, select(plain, most, Vec<A>(nan)));
+      store(margin + r, select(plain, size * margin_, Vec<A>(nan)));
       odd = odd | !plain;
     }
     int64_t specials = 0;
@@ -289,36 +326,46 @@ class Block {
     return specials;
   }
 
-  // `ahead`: where the rows go on after these, or -1.
-  void scan_rows(int64_t* rows, int64_t count, int64_t ahead) {
+  struct Tile {
+    int64_t rows[kTileRows];
+    int64_t count = 0;
+  };
+
+  // `next`: the rows that come after these.
+  void scan_rows(Tile& tile, const Tile& next) {
     if constexpr (!std::is_same_v<T, double>) {
+      int64_t* rows = tile.rows;
+      const int64_t count = tile.count;
       if (count == 0) return;
-      float inverse[kTileRows], margin[kTileRows], squares[kTileRows] = {}, lost[kTileRows] = {};
+      float inverse[kTileRows], margin[kTileRows], squares[kTileRows] = {};
       kernels_->bring[int(p_.dtype)](database_, p_.database_stride[1], p_.width, rows, count, tile_.get(), tile_stride_,
-                                     squares, measured_ ? lost : nullptr);
+                                     squares);
       int64_t special[kTileRows];
-      const int64_t specials = weigh(squares, measured_ ? lost : nullptr, rows, count, inverse, margin, special);
+      const int64_t specials = weigh(squares, rows, count, inverse, margin, special);
       for (int64_t r = count; r < kTileRows; ++r) {
         inverse[r] = margin[r] = std::numeric_limits<float>::quiet_NaN();
         rows[r] = 0;
       }
+      rows_ = rows;
+      std::fill_n(row_inverses_, kTileRows, std::numeric_limits<A>::quiet_NaN());
       TileScan t{};
       t.tile = tile_.get();
       t.tile_stride = tile_stride_;
       t.count = count;
       t.steps = steps();
-      t.rows = rows;
       t.inverse = inverse;
       t.margin = margin;
       t.panels = panels_.get();
       t.queries = count_;
       t.bounds = bounds_.get();
-      if (ahead >= 0 && p_.database_stride[1] == p_.width) {
-        t.ahead = database_ + ahead * p_.width;
-        t.ahead_bytes = std::min(kTileRows, p_.rows - ahead) * p_.width * int64_t(sizeof(T));
-      }
-      t.hit = [](void* self, int64_t q, int64_t row, float upper, float lower) {
-        static_cast<Block*>(self)->append(q, row, upper, lower);
+      const void* ahead[kTileRows];
+      for (int64_t r = 0; r < next.count; ++r) ahead[r] = database_ + next.rows[r] * p_.database_stride[1];
+      t.ahead = ahead;
+      t.ahead_rows = next.count;
+      t.ahead_bytes = p_.width * int64_t(sizeof(T));
+      t.hit = [](void* self, int64_t q, int64_t at, float upper, float lower) {
+        Block& block = *static_cast<Block*>(self);
+        block.scoring_ ? block.append_scored(q, at) : block.append(q, block.rows_[at], upper, lower);
       };
       t.context = this;
       kernels_->scan(t);
@@ -363,7 +410,7 @@ class Block {
     std::fill_n(inverse, kLanes, A(0));
     stream_any<T>(count_, {units_.get(), plan_.padded, p_.width, dots, kLanes, squares}, at);
     int64_t special[kStreamRows];
-    const int64_t specials = weigh(squares, nullptr, rows, kStreamRows, inverse, margin, special);
+    const int64_t specials = weigh(squares, rows, kStreamRows, inverse, margin, special);
     constexpr int N = Vec<A>::N;
     for (int64_t q = 0; q < count_; ++q) {
       for (int r = 0; r < kStreamRows; r += N) {
@@ -379,9 +426,25 @@ class Block {
   }
 
   void append(int64_t q, int64_t row, A upper, A lower) {
+    if (allowed(q, row)) add(q, {upper, lower, row});
+  }
+
+  // The row at a place of the tile, scored while it is in the cache.
+  void append_scored(int64_t q, int64_t at) {
+    const int64_t row = rows_[at];
     if (!allowed(q, row)) return;
+    const A score = judge_.score(queries_.get() + q * plan_.padded, query_inverses_[q], row, row_inverses_[at]);
+    if (score >= lists_[q].bound) {
+      add(q, {score, score, row});
+    } else if (++refused_ == plan_.capacity) {
+      refused_ = 0;
+      ++settled_;
+    }
+  }
+
+  void add(int64_t q, const Entry<A>& entry) {
     Survivors<A>& list = lists_[q];
-    list.entries[list.count] = {upper, lower, row};
+    list.entries[list.count] = entry;
     if (__builtin_expect(++list.count >= list.limit, 0)) relieve(q);
   }
 
@@ -389,17 +452,26 @@ class Block {
     Survivors<A>& list = lists_[q];
     thin(list, rank_, rank_ / 8, keys_.get());
     if (list.count > plan_.capacity - plan_.capacity / 8) {
-      judge_.load(search_, first_query_ + q, plan_.padded);
-      judge_.settle(list, rank_, factors_[q], scored_.get());
+      // Of equal scores the k first, also in a sample: that k others reach the guess would not show what was dropped.
+      if (scoring_) {
+        keep_best(list, p_.k);
+      } else {
+        judge_.load(search_, first_query_ + q, plan_.padded);
+        judge_.settle(list, p_.k, factors_[q], scored_.get());
+      }
       ++settled_;
     }
     list.limit = std::clamp(2 * list.count, list.limit, plan_.capacity);
-    if (states_[q] == State::kOpen) bounds_[q] = list.bound;
+    if (states_[q] == State::kOpen) bounds_[q] = scan_bound(q);
   }
 
   // `known` is the score of a row that needs no scan.
   void append_known(int64_t q, A known, int64_t row) {
     if (!(known >= A(p_.min_score))) return;
+    if (scoring_) {
+      if (known >= lists_[q].bound) append(q, row, known, known);
+      return;
+    }
     const Entry<A> entry = Judge<T>::known_entry({known, row}, factors_[q]);
     if (entry.upper >= lists_[q].bound) append(q, row, entry.upper, entry.lower);
   }
@@ -442,6 +514,9 @@ class Block {
   Scratch<A> bounds_;
   Scratch<double> factors_;  // a score times this is what margins are measured in
   Scratch<State> states_;
+  // Where hits are scored at once: the queries as scores are computed from them.
+  Scratch<A> queries_;
+  Scratch<double> query_inverses_;
   Scratch<A> panels_;
   int64_t tile_stride_;
   Scratch<float> tile_;
@@ -450,13 +525,15 @@ class Block {
   Scratch<Scored<A>> scored_;
   Finish<T> finish_;
 
-  int64_t search_ = 0, first_query_ = 0, count_ = 0, settled_ = 0;
+  int64_t search_ = 0, first_query_ = 0, count_ = 0, settled_ = 0, refused_ = 0;
   Survivors<A>* lists_ = nullptr;
   const T* database_ = nullptr;
   const A* inverses_ = nullptr;
   int64_t rank_ = 0;
-  A margin_ = 0, lost_ = 0;
-  bool coarse_ = false, measured_ = false;
+  A margin_ = 0;
+  bool coarse_ = false, scoring_ = false;  // scoring: lists hold scores, not intervals
+  const int64_t* rows_ = nullptr;  // of the tile, and what is known of 1 / |row|
+  A row_inverses_[kTileRows];
 };
 
 }  // namespace

@@ -56,26 +56,10 @@ void pack(const float* queries, int64_t count, int64_t stride, int64_t width, vo
   }
 }
 
-#if defined(MK_DOT_BF16)
-// What rounding takes from 32 values, squared, is added to the sums.
-MK_INLINE void add_lost(VecF a, VecF b, __m512i rounded, VecF (&sums)[2]) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rounded));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rounded, 1));
-  const VecF c = a - VecF((VecF::raw)_mm512_slli_epi32(low, 16)), d = b - VecF((VecF::raw)_mm512_slli_epi32(high, 16));
-  sums[0] = fma(c, c, sums[0]);
-  sums[1] = fma(d, d, sums[1]);
-}
-#endif
-
-struct Squares {
-  float row, lost;
-};
-
-// One row in the scan's type, padded with zeros; returns the sum of its squares and, if Measure, of its rounding's.
-template <class T, bool Measure>
-MK_INLINE Squares bring(const T* from, int64_t width, Element32* to) {
+// One row in the scan's type, padded with zeros; returns the sum of its squares.
+template <class T>
+MK_INLINE float bring(const T* from, int64_t width, Element32* to) {
   VecF sums[4] = {VecF(0.0f), VecF(0.0f), VecF(0.0f), VecF(0.0f)};
-  VecF lost[2] = {VecF(0.0f), VecF(0.0f)};
   int64_t i = 0;
 #if defined(MK_DOT_BF16)
   if constexpr (std::is_same_v<T, bf16>) {
@@ -94,7 +78,6 @@ MK_INLINE Squares bring(const T* from, int64_t width, Element32* to) {
         _mm512_storeu_si512(to + (i + 32 * s) / 2, rounded);
         sums[2 * s] = fma(a, a, sums[2 * s]);
         sums[2 * s + 1] = fma(b, b, sums[2 * s + 1]);
-        if constexpr (Measure) add_lost(a, b, rounded, lost);
       }
     }
   }
@@ -104,10 +87,6 @@ MK_INLINE Squares bring(const T* from, int64_t width, Element32* to) {
     const VecF a = load_n(from + i, n);
     sums[0] = fma(a, a, sums[0]);
     store_n(halves + i, a, n);
-    if constexpr (Measure && !std::is_same_v<T, bf16>) {
-      const VecF difference = a - load_n(halves + i, n);
-      lost[0] = fma(difference, difference, lost[0]);
-    }
   }
   if (width % 2) halves[width] = {0};
 #else
@@ -125,31 +104,17 @@ MK_INLINE Squares bring(const T* from, int64_t width, Element32* to) {
     store_n(to + i, a, n);
   }
 #endif
-  return {reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3])), Measure ? reduce_sum(lost[0] + lost[1]) : 0.0f};
-}
-
-template <class T, bool Measure>
-void bring_all(const T* database, int64_t stride, int64_t width, const int64_t* rows, int64_t count, Element32* tile,
-               int64_t tile_stride, float* squares, float* lost) {
-  for (int64_t r = 0; r < count; ++r) {
-    // Rows that lie apart are not what the processor fetches by itself.
-    if (r + 1 < count && rows[r + 1] != rows[r] + 1) {
-      const char* next = reinterpret_cast<const char*>(database + rows[r + 1] * stride);
-      for (int64_t i = 0; i < width * int64_t(sizeof(T)); i += 64) prefetch(next + i);
-    }
-    const Squares s = bring<T, Measure>(database + rows[r] * stride, width, tile + r * tile_stride);
-    squares[r] = s.row;
-    if constexpr (Measure) lost[r] = s.lost;
-  }
+  return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 template <class T>
-void bring_rows(const void* database, int64_t stride, int64_t width, const int64_t* rows, int64_t count, void* tile,
-                int64_t tile_stride, float* squares, float* lost) {
-  const auto* from = static_cast<const T*>(database);
-  auto* to = static_cast<Element32*>(tile);
-  if (lost) return bring_all<T, true>(from, stride, width, rows, count, to, tile_stride, squares, lost);
-  bring_all<T, false>(from, stride, width, rows, count, to, tile_stride, squares, lost);
+void bring_rows(const void* from, int64_t stride, int64_t width, const int64_t* rows, int64_t count, void* to,
+                int64_t tile_stride, float* squares) {
+  const auto* database = static_cast<const T*>(from);
+  auto* tile = static_cast<Element32*>(to);
+  for (int64_t r = 0; r < count; ++r) {
+    squares[r] = bring(database + rows[r] * stride, width, tile + r * tile_stride);
+  }
 }
 
 // Lanes where x >= bound; NaN is not.
@@ -208,15 +173,29 @@ __attribute__((noinline)) void report(const TileScan& t, const float* uppers, in
     const int64_t of = row + places[i] / kWidth, query = first_query + places[i] % kWidth;
     const float upper = uppers[places[i]];
     // A hit before may have raised the bound.
-    if (upper >= t.bounds[query]) t.hit(t.context, query, t.rows[of], upper, upper - 2 * t.margin[of]);
+    if (upper >= t.bounds[query]) t.hit(t.context, query, of, upper, upper - 2 * t.margin[of]);
   }
 }
 
-// Spreads the fetching of the next tile over the steps of this one.
+// Spreads the fetching of the next tile's rows over the steps of this one.
 struct Ahead {
-  const char* at;
-  const char* end;
-  int64_t lines;  // for each 16 steps
+  const void* const* rows;
+  int64_t left, bytes, at_once, at;
+
+  // Every 16 steps.
+  void next() {
+    for (int64_t more = at_once; more > 0 && left > 0;) {
+      const char* row = static_cast<const char*>(*rows) + at;
+      const int64_t lines = std::min(more, (bytes - at + 63) / 64);
+      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(row + 64 * i, 0, 2);
+      more -= lines;
+      at += 64 * lines;
+      if (at < bytes) continue;
+      at = 0;
+      ++rows;
+      --left;
+    }
+  }
 };
 
 template <int Vectors>
@@ -232,10 +211,8 @@ __attribute__((noinline)) void scan_panel(const TileScan& t, const Element32* pa
     }
     const Element32* q = panel;
     const Element32* x = static_cast<const Element32*>(t.tile) + row * stride;
-    const char* fetch = ahead.at;
     for (int64_t s = 0; s < steps;) {
-      for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(fetch + 64 * i, 0, 2);
-      fetch += 64 * ahead.lines;
+      ahead.next();
       const int64_t end = std::min(s + 16, steps);
       for (; s < end; ++s) {
         VecF query[Vectors];
@@ -251,7 +228,6 @@ __attribute__((noinline)) void scan_panel(const TileScan& t, const Element32* pa
         ++x;
       }
     }
-    ahead.at = fetch < ahead.end ? fetch : ahead.end;
     uint32_t hits = 0;
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
@@ -284,9 +260,8 @@ void scan_tile(const TileScan& t) {
     rounds += (t.count + at_once - 1) / at_once * ((t.steps + 15) / 16);
     v += panel;
   }
-  const int64_t lines = (t.ahead_bytes + 63) / 64;
-  Ahead ahead{static_cast<const char*>(t.ahead), static_cast<const char*>(t.ahead) + t.ahead_bytes,
-              rounds ? (lines + rounds - 1) / rounds : 0};
+  const int64_t lines = t.ahead_rows * ((t.ahead_bytes + 63) / 64);
+  Ahead ahead{t.ahead, t.ahead_rows, t.ahead_bytes, rounds ? (lines + rounds - 1) / rounds : 0, 0};
   const auto* panel = static_cast<const Element32*>(t.panels);
   for (int64_t v = 0; v < vectors;) {
     const int64_t wide = panel_vectors(vectors - v);

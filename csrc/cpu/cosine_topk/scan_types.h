@@ -11,15 +11,14 @@ struct TileScan {
   int64_t tile_stride;
   int64_t count;  // of rows; the tile has room for whole groups of them
   int64_t steps;
-  const int64_t* rows;
   const float* inverse;  // a score is the product times this
   const float* margin;   // at most this far from the truth, as the scan measures it
   const void* panels;
   int64_t queries;
   const float* bounds;  // one for each lane, infinite for those that are not scanned
-  const void* ahead;    // what the next tile will read
-  int64_t ahead_bytes;
-  void (*hit)(void* context, int64_t query, int64_t row, float upper, float lower);
+  const void* const* ahead;  // rows that the next tile will read, of so many bytes
+  int64_t ahead_rows, ahead_bytes;
+  void (*hit)(void* context, int64_t query, int64_t at, float upper, float lower);  // `at`: the row's place in the tile
   void* context;
 };
 
@@ -29,10 +28,9 @@ struct ScanKernels {
   int panel;         // queries that are packed together
   void (*pack)(const float* queries, int64_t count, int64_t stride, int64_t width, void* panel, double* loss);
   void (*scan)(const TileScan&);
-  // By the dtype of the database: float, bfloat16, float16. `squares`: the squared norms of the rows. `lost`, or null:
-  // those of what rounding to the scan's type took away.
+  // By the dtype of the database: float, bfloat16, float16. `squares`: the squared norms of the rows.
   void (*bring[3])(const void* database, int64_t stride, int64_t width, const int64_t* rows, int64_t count, void* tile,
-                   int64_t tile_stride, float* squares, float* lost);
+                   int64_t tile_stride, float* squares);
 };
 
 // Pairs of bfloat16, or null where the processor or the instruction set of this namespace has no such products.

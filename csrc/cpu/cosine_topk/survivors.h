@@ -93,6 +93,18 @@ void thin(Survivors<A>& list, int64_t rank, int64_t slack, typename Element<A>::
   list.count = kept;
 }
 
+// The same where the entries are scores, of which many may be equal: the `rank` best stay, in no order.
+template <class A>
+void keep_best(Survivors<A>& list, int64_t rank) {
+  if (list.count < rank) return;
+  const auto better = [](const Entry<A>& a, const Entry<A>& b) {
+    return Better()(Scored<A>{a.upper, a.row}, Scored<A>{b.upper, b.row});
+  };
+  std::nth_element(list.entries, list.entries + rank - 1, list.entries + list.count, better);
+  list.bound = std::max(list.bound, list.entries[rank - 1].upper);
+  list.count = rank;
+}
+
 // One query against the rows of one search, exactly.
 template <class T>
 class Judge {
