@@ -1,4 +1,9 @@
 // Binds the CPU kernels of the search.
+#include <array>
+#include <atomic>
+#include <limits>
+#include <vector>
+
 #include "bind_cpu/common.h"
 #include "ops/cosine_topk.h"
 
@@ -11,6 +16,25 @@ using namespace memkern::bind;
 
 // The last axis dense; the others as they are.
 Tensor rows_dense(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t); }
+
+// From how many queries on a library multiplies, which memkern/configs/cpu_gemm.json knows for a CPU model.
+std::atomic<int64_t> library_from{std::numeric_limits<int64_t>::max()};
+
+int64_t search_library_from(int64_t queries) { return library_from.exchange(queries); }
+
+void multiply(const cpu::LibraryOperands& p) {
+  const ScalarType dtype = p.dtype == DType::kBF16 ? ScalarType::BFloat16 : ScalarType::Float;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const auto view = [&](const void* data, std::vector<int64_t> sizes, std::vector<int64_t> strides) {
+    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, cpu, dtype);
+  };
+  Tensor out = view(p.out, {p.M, p.N}, {p.N, 1});
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(view(p.a, {p.M, p.K}, {p.a_row, 1})),
+                                    torch::stable::detail::from(view(p.b, {p.K, p.N}, {1, p.K})),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 std::tuple<Tensor, Tensor> search(const Tensor& queries, const Tensor& database, int64_t k, const OptTensor& valid,
                                   const OptTensor& query_group, const OptTensor& row_group,
@@ -51,6 +75,7 @@ std::tuple<Tensor, Tensor> search(const Tensor& queries, const Tensor& database,
   p.indices = out_ptr<int64_t>(indices);
   p.thread_count = static_cast<int64_t>(torch::stable::get_num_threads());
   p.threads = parallel_for;
+  p.multiply = p.queries >= library_from.load() ? multiply : nullptr;
   cpu::cosine_topk_table().search(p);
   return {scores, indices};
 }
@@ -117,6 +142,12 @@ Tensor inverse_norms_backward(const Tensor& grad, const Tensor& database) {
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(memkern, m) { m.def("search_library_from(int queries) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(memkern, CompositeExplicitAutograd, m) {
+  m.impl("search_library_from", TORCH_BOX(&search_library_from));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(memkern, CPU, m) {
   m.impl("cosine_topk_fwd_cpp", TORCH_BOX(&search));

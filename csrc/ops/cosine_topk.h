@@ -9,6 +9,17 @@
 
 namespace memkern::cpu {
 
+// A product of a library: out (M, N) = a b^T, all dense but a, whose rows are a_row elements apart. Of float into float, of
+// bfloat16 into bfloat16.
+struct LibraryOperands {
+  const void* a;  // (M, K)
+  const void* b;  // (N, K)
+  void* out;
+  int64_t M, N, K, a_row;
+  DType dtype;
+};
+using LibraryProduct = void (*)(const LibraryOperands&);
+
 // f is float, double for float64. The last axis of queries and database is dense, other strides are in elements.
 struct CosineSearch {
   DType query_dtype, dtype;
@@ -29,6 +40,7 @@ struct CosineSearch {
   int64_t* indices;  // (searches, queries, k)
   int64_t thread_count;
   ParallelFor threads;
+  LibraryProduct multiply;  // or null: our own kernels
 };
 
 // All dense. A gradient that is null is not wanted.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,32 @@ def cpu_model() -> tuple[str, int, int]:
     return found.get("vendor_id", ""), family, model
 
 
-def from_rows(library: str, cpu: tuple[str, int, int], dtype: str = "float32") -> int | None:
-    """From how many rows on ``library`` ("onednn" or "own") multiplies ``dtype`` on this CPU model, None for never."""
-    for entry in _TABLES[dtype]:
+def _entry(table: str, cpu: tuple[str, int, int]) -> dict[str, Any]:
+    """The first entry that matches."""
+    for entry in _TABLES[table]:
         wanted = (entry["vendor"], entry["family"], entry["model"])
         if all(want is None or want == have for want, have in zip(wanted, cpu, strict=True)):
-            return entry[f"{library}_from_rows"]  # type: ignore[no-any-return]
-    return None
+            return entry
+    raise LookupError(f"cpu_gemm.json: {table} has no entry for {cpu}")
+
+
+def from_rows(library: str, cpu: tuple[str, int, int], dtype: str = "float32") -> int | None:
+    """From how many rows on ``library`` ("onednn" or "own") multiplies ``dtype`` on this CPU model, None for never."""
+    return _entry(dtype, cpu)[f"{library}_from_rows"]  # type: ignore[no-any-return]
+
+
+def search_library_from() -> int | None:
+    """From how many queries on the search multiplies by a library, None for never.
+
+    Raises:
+        ValueError: ``MEMKERN_SEARCH_LIBRARY_FROM`` is no positive number.
+    """
+    told = os.environ.get("MEMKERN_SEARCH_LIBRARY_FROM", "")
+    if not told:
+        return _entry("search", cpu_model())["library_from_queries"]  # type: ignore[no-any-return]
+    if not told.isdigit() or int(told) < 1:
+        raise ValueError(f"MEMKERN_SEARCH_LIBRARY_FROM: expected a number of queries, got {told!r}")
+    return int(told)
 
 
 @functools.cache

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from memkern import backends
+from memkern import backends, native
 from memkern.ops import _checks
 from memkern.ops._autograd import differentiable_backward, gradient_needed
 from memkern.ops._collectives import gather_ranks
+from memkern.ops._cpu_gemm import search_library_from
 from memkern.ops._library import define, needs_reference
 from memkern.reference import cosine_topk as reference
 from memkern.reference._common import compute_dtype
@@ -107,6 +108,11 @@ for _op in ("cosine_topk", "inverse_norms"):
         cuda=backends.LOW,
         limits={"triton": _row_limit, "cuda": _row_limit},
     )
+
+
+_LIBRARY_FROM = search_library_from()
+if native.LIBRARIES["cpu"].loaded and _LIBRARY_FROM is not None:
+    torch.ops.memkern.search_library_from(_LIBRARY_FROM)
 
 
 class _CosineTopK(torch.autograd.Function):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import memkern
-from memkern.ops import cosine_topk, inverse_norms
+from memkern.ops import _cpu_gemm, cosine_topk, inverse_norms
 from memkern.ops.cosine_topk import TopK
 from memkern.testing.topk import same
 
@@ -134,6 +135,44 @@ def test_a_large_k_finds_what_a_query_finds_alone(k: int, draw: str) -> None:
             assert torch.equal(found.scores[i], alone.scores[0])
         if draw == "equal" and not options:
             assert (found.indices == torch.arange(k)).all()
+
+
+@pytest.fixture
+def library() -> Iterator[Callable[[int], int]]:
+    """Sets from how many queries on a library multiplies."""
+    if memkern.backends._declines("cosine_topk", "cpp", (torch.empty(1, 1),)):
+        pytest.skip("backend cpp is not here")
+    before = torch.ops.memkern.search_library_from(1 << 62)
+    yield torch.ops.memkern.search_library_from
+    torch.ops.memkern.search_library_from(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("k", [7, 100])
+def test_products_of_a_library_change_no_bit(library: Any, dtype: torch.dtype, k: int) -> None:
+    """More than a tile of its rows, a width that is odd, rows that are scored apart, rows that lie close together."""
+    queries, database = torch.randn(70, 37), torch.randn(2000, 37)
+    database[::97] *= 1e-20
+    database[5] = 0
+    database[1000:] = database[1000] + 2e-2 * torch.randn(1000, 37)
+    queries[3] = database[1200]
+    queries, database = queries.to(dtype), database.to(dtype)
+    for options in ({}, {"valid": torch.rand(2000) > 0.3}, {"min_score": 0.1}, {"normalized": True}):
+        own = cosine_topk(queries, database, k, backend="cpp", **options)
+        library(64)
+        theirs = cosine_topk(queries, database, k, backend="cpp", **options)
+        library(1 << 62)
+        assert torch.equal(own.indices, theirs.indices)
+        assert torch.equal(own.scores, theirs.scores)
+
+
+def test_the_environment_may_ask_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _cpu_gemm._entry("search", ("AuthenticAMD", 25, 17))["library_from_queries"] is None
+    monkeypatch.setenv("MEMKERN_SEARCH_LIBRARY_FROM", "64")
+    assert _cpu_gemm.search_library_from() == 64
+    monkeypatch.setenv("MEMKERN_SEARCH_LIBRARY_FROM", "many")
+    with pytest.raises(ValueError, match="MEMKERN_SEARCH_LIBRARY_FROM"):
+        _cpu_gemm.search_library_from()
 
 
 def test_arguments_are_not_changed(backend: Any, search: Any) -> None:

@@ -44,7 +44,7 @@ class Block {
         query_inverses_(plan.block),
         panels_(panel_floats(plan)),
         tile_stride_(stride_of_tile(plan.kernels, p.width)),
-        tile_(kernels_ ? (kTileRows + 1) * tile_stride_ : 1),
+        tile_(kernels_ ? (kernels_->tile_rows + 1) * tile_stride_ : 1),
         guesses_(plan.block),
         keys_(plan.capacity + Vec<A>::N),
         scored_(plan.capacity),
@@ -121,7 +121,7 @@ class Block {
         if (row >= last) break;
         next->rows[next->count] = row;
         next->count += may_be_found(row);
-        if (next->count < kTileRows) continue;
+        if (next->count < kernels_->tile_rows) continue;
         scan_rows(*tile, *next);
         std::swap(tile, next);
         next->count = 0;
@@ -220,7 +220,7 @@ class Block {
       }
     }
     for (int64_t q = count_; q < padded_queries_; ++q) bounds_[q] = std::numeric_limits<A>::infinity();
-    double margin = scan_margin<A>(p_.width) + loss;
+    double margin = scan_margin<A>(p_.width) + loss + (kernels_ ? kernels_->rounding * (1 + loss) : 0.0);
     const bool rounded = kernels_ && kernels_->per_step == 2 && !std::is_same_v<T, bf16>;
     coarse_ = kernels_ && kernels_->per_step == 2 && (rounded || margin > 4 * scan_margin<A>(p_.width));
     if (rounded) margin += 0x1p-8 * (1 + loss);
@@ -327,27 +327,35 @@ class Block {
   }
 
   struct Tile {
-    int64_t rows[kTileRows];
+    int64_t rows[kMostTileRows];
     int64_t count = 0;
   };
 
   // `next`: the rows that come after these.
-  void scan_rows(Tile& tile, const Tile& next) {
+  void scan_rows(const Tile& tile, const Tile& next) {
+    // The kernels may change in between.
+    for (int64_t begin = 0; begin < tile.count;) {
+      const int64_t count = std::min(kernels_->tile_rows, tile.count - begin);
+      scan_tile_of(tile.rows + begin, count, next, begin + count < tile.count ? 0 : next.count);
+      begin += count;
+    }
+  }
+
+  void scan_tile_of(const int64_t* rows, int64_t count, const Tile& next, int64_t ahead_rows) {
     if constexpr (!std::is_same_v<T, double>) {
-      int64_t* rows = tile.rows;
-      const int64_t count = tile.count;
-      if (count == 0) return;
-      float inverse[kTileRows], margin[kTileRows], squares[kTileRows] = {};
+      constexpr int64_t kRoom = kMostTileRows;
+      float inverse[kRoom], margin[kRoom], squares[kRoom];
+      // Up to whole vectors and whole groups of rows.
+      std::fill(squares + count, squares + std::min(kRoom, count + kTileRows), 0.0f);
       kernels_->bring[int(p_.dtype)](database_, p_.database_stride[1], p_.width, rows, count, tile_.get(), tile_stride_,
                                      squares);
-      int64_t special[kTileRows];
+      int64_t special[kRoom];
       const int64_t specials = weigh(squares, rows, count, inverse, margin, special);
-      for (int64_t r = count; r < kTileRows; ++r) {
+      for (int64_t r = count; r < std::min(kRoom, count + kTileRows); ++r) {
         inverse[r] = margin[r] = std::numeric_limits<float>::quiet_NaN();
-        rows[r] = 0;
       }
       rows_ = rows;
-      std::fill_n(row_inverses_, kTileRows, std::numeric_limits<A>::quiet_NaN());
+      std::fill_n(row_inverses_, count, std::numeric_limits<A>::quiet_NaN());
       TileScan t{};
       t.tile = tile_.get();
       t.tile_stride = tile_stride_;
@@ -358,10 +366,11 @@ class Block {
       t.panels = panels_.get();
       t.queries = count_;
       t.bounds = bounds_.get();
-      const void* ahead[kTileRows];
-      for (int64_t r = 0; r < next.count; ++r) ahead[r] = database_ + next.rows[r] * p_.database_stride[1];
+      const void* ahead[kRoom];
+      for (int64_t r = 0; r < ahead_rows; ++r) ahead[r] = database_ + next.rows[r] * p_.database_stride[1];
       t.ahead = ahead;
-      t.ahead_rows = next.count;
+      t.ahead_rows = ahead_rows;
+      t.multiply = p_.multiply;
       t.ahead_bytes = p_.width * int64_t(sizeof(T));
       t.hit = [](void* self, int64_t q, int64_t at, float upper, float lower) {
         Block& block = *static_cast<Block*>(self);
@@ -478,7 +487,7 @@ class Block {
 
   void score_special_rows(const int64_t* rows, int64_t count) {
     if (count == 0) return;
-    bool zero[std::max<int64_t>(kTileRows, kStreamRows)];
+    bool zero[kMostTileRows];
     bool all_zero = true;
     for (int64_t i = 0; i < count; ++i) {
       // A zero row scores 0 with every query, if its given inverse is a number.
@@ -533,7 +542,7 @@ class Block {
   A margin_ = 0;
   bool coarse_ = false, scoring_ = false;  // scoring: lists hold scores, not intervals
   const int64_t* rows_ = nullptr;  // of the tile, and what is known of 1 / |row|
-  A row_inverses_[kTileRows];
+  A row_inverses_[kMostTileRows];
 };
 
 }  // namespace

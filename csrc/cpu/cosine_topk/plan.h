@@ -11,6 +11,7 @@ constexpr int64_t kSample = 31;
 constexpr uint32_t kFirstPlaces = 1, kSecondPlaces = 1 << 6 | 1 << 12 | 1 << 18 | 1 << 25;
 constexpr uint32_t kAllPlaces = (uint32_t(1) << kSample) - 1;
 constexpr int kStreamQueries = 4;
+constexpr int64_t kLibraryQueries = 64;  // fewer pay neither a library's calls nor its larger tiles
 // From this k on a row is scored exactly as soon as it passes the bound: it lies in the cache then, while those of the
 // final list would come from memory again, and they are more than half of all that pass.
 constexpr int64_t kScoredRank = 64;
@@ -44,8 +45,9 @@ Plan make_plan(const CosineSearch& p) {
   plan.kernels = nullptr;
   plan.block = kStreamQueries;
   if (!std::is_same_v<T, double> && p.queries > kStreamQueries) {
-    const ScanKernels* pairs = bf16_scan();
-    plan.kernels = pairs ? pairs : &kScanKernels;
+    const bool library = p.multiply != nullptr && p.queries >= kLibraryQueries;
+    const ScanKernels* pairs = bf16_scan(library);
+    plan.kernels = pairs ? pairs : library ? &kLibraryKernels : &kScanKernels;
     const int64_t bytes = 4 * std::max<int64_t>(1, (p.width + plan.kernels->per_step - 1) / plan.kernels->per_step);
     const int64_t panel = plan.kernels->panel;
     plan.block = std::clamp<int64_t>(kPanelBytes / bytes / panel, 1, 32) * panel;

@@ -27,6 +27,25 @@ int64_t padded_width(int64_t width) { return (width + kPerStep - 1) / kPerStep *
 
 int64_t panel_vectors(int64_t left) { return std::min<int64_t>(kWidestPanel, left); }
 
+// Step s of a query. `lost` grows by the square of what rounding to the scan's type took away.
+MK_INLINE Element32 packed_step(const float* query, int64_t s, [[maybe_unused]] int64_t width, double& lost) {
+#if defined(MK_DOT_BF16)
+  Element32 element = 0;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t d = 2 * s + i;
+    const float x = d < width ? query[d] : 0.0f;
+    const bf16 rounded = from_acc<bf16>(x);
+    const double difference = double(x) - double(to_acc(rounded));
+    lost += difference * difference;
+    element |= uint32_t(rounded.bits) << (16 * i);
+  }
+  return element;
+#else
+  lost += 0;
+  return query[s];
+#endif
+}
+
 // One panel: up to kWidestPanel vectors of queries (count, stride), of unit length. `loss`: for each, the length of
 // what rounding to the scan's type took away.
 void pack(const float* queries, int64_t count, int64_t stride, int64_t width, void* panel, double* loss) {
@@ -35,22 +54,7 @@ void pack(const float* queries, int64_t count, int64_t stride, int64_t width, vo
   for (int64_t lane = 0; lane < lanes; ++lane) {
     double lost = 0;
     for (int64_t s = 0; s < steps; ++s) {
-      Element32 element = 0;
-      if (lane < count) {
-#if defined(MK_DOT_BF16)
-        for (int i = 0; i < 2; ++i) {
-          const int64_t d = 2 * s + i;
-          const float x = d < width ? queries[lane * stride + d] : 0.0f;
-          const bf16 rounded = from_acc<bf16>(x);
-          const double difference = double(x) - double(to_acc(rounded));
-          lost += difference * difference;
-          element |= uint32_t(rounded.bits) << (16 * i);
-        }
-#else
-        element = queries[lane * stride + s];
-#endif
-      }
-      out[s * lanes + lane] = element;
+      out[s * lanes + lane] = lane < count ? packed_step(queries + lane * stride, s, width, lost) : Element32(0);
     }
     if (lane < count) loss[lane] = std::sqrt(lost);
   }
@@ -280,7 +284,8 @@ void scan_tile(const TileScan& t) {
 }
 
 constexpr ScanKernels kScanKernels = {
-    kPerStep, kLanes, kWidestPanel * kLanes, pack, scan_tile, {bring_rows<float>, bring_rows<bf16>, bring_rows<f16>},
+    kPerStep, kLanes, kWidestPanel * kLanes, kTileRows, 0.0, pack, scan_tile,
+    {bring_rows<float>, bring_rows<bf16>, bring_rows<f16>},
 };
 
 }  // namespace

@@ -8,11 +8,12 @@
 #define MK_DOT_BF16 1
 #include "common/vec.h"
 #include "cpu/cosine_topk/scan.h"
+#include "cpu/cosine_topk/scan_library.h"
 
 namespace memkern::cpu::MK_NS {
-const ScanKernels* bf16_scan() {
+const ScanKernels* bf16_scan(bool library) {
   static const bool here = __builtin_cpu_supports("avx512bf16");
-  return here ? &kScanKernels : nullptr;
+  return !here ? nullptr : library ? &kLibraryKernels : &kScanKernels;
 }
 }  // namespace memkern::cpu::MK_NS
 #else
@@ -20,6 +21,6 @@ const ScanKernels* bf16_scan() {
 #include "cpu/cosine_topk/scan_types.h"
 
 namespace memkern::cpu::MK_NS {
-const ScanKernels* bf16_scan() { return nullptr; }
+const ScanKernels* bf16_scan(bool) { return nullptr; }
 }  // namespace memkern::cpu::MK_NS
 #endif

@@ -15,6 +15,7 @@
 
 #include "common/vec.h"
 #include "cpu/cosine_topk/scan.h"
+#include "cpu/cosine_topk/scan_library.h"
 #include "cpu/cosine_topk/score.h"
 #include "cpu/cosine_topk/stream.h"
 #include "cpu/cosine_topk/survivors.h"
