@@ -44,7 +44,9 @@ def test_products_of_any_strides(sizes: tuple[int, int, int]) -> None:
     native.LIBRARIES["cpu"].loaded and not torch.ops.memkern.matmul_takes_bf16(), reason="no pairs of bfloat16 here"
 )
 class TestPairsOfBfloat16:
-    @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 7, 6), (13, 100, 301), (130, 193, 1033), (9, 49, 515), (16, 96, 64)])
+    @pytest.mark.parametrize(
+        "sizes", [(1, 1, 1), (5, 7, 6), (13, 100, 301), (130, 193, 1033), (9, 49, 515), (16, 96, 64)]
+    )
     def test_products_of_any_strides(self, sizes: tuple[int, int, int]) -> None:
         """Also of an odd depth, whose last pair has one element."""
         rows, columns, depth = sizes
