@@ -7,22 +7,6 @@ namespace {
 constexpr int64_t kStreamSteps = 16;  // of each stream at a time
 constexpr int64_t kManyQueries = 32;  // from here on their hits outweigh rows that are met one by one
 
-// Norms within these scan safely: squares neither overflow nor lose digits.
-template <class A>
-constexpr A kLeastSquare = sizeof(A) == 4 ? A(1e-30) : A(1e-250);
-template <class A>
-constexpr A kMostSquare = sizeof(A) == 4 ? A(1e30) : A(1e250);
-template <class A>
-constexpr A kLeastLength = sizeof(A) == 4 ? A(1e-15) : A(1e-125);
-template <class A>
-constexpr A kMostInverse = sizeof(A) == 4 ? A(1e15) : A(1e100);
-
-template <class A>
-double scan_margin(int64_t width) {
-  const double u = sizeof(A) == 4 ? 0x1p-24 : 0x1p-53;
-  return 1.01 * u * (2.0 * double(width) + 24.0);
-}
-
 // A block of queries against the rows [first, last) of one search.
 template <class T>
 class Block {
@@ -32,6 +16,7 @@ class Block {
   Block(const CosineSearch& p, const Plan& plan)
       : p_(p),
         plan_(plan),
+        filter_{p},
         kernels_(plan.kernels),
         padded_queries_((plan.block + 63) / 64 * 64),
         query_(plan.padded),
@@ -53,7 +38,7 @@ class Block {
 
   // Appends the rows that may be among the k best to `lists`, one for each query of the block.
   void scan(int64_t search, int64_t first_query, int64_t count, int64_t first, int64_t last, Survivors<A>* lists) {
-    search_ = search;
+    search_ = filter_.search = search;
     first_query_ = first_query;
     count_ = count;
     lists_ = lists;
@@ -120,7 +105,7 @@ class Block {
         const int64_t row = begin + __builtin_ctz(left);
         if (row >= last) break;
         next->rows[next->count] = row;
-        next->count += may_be_found(row);
+        next->count += filter_.may_be_found(row);
         if (next->count < kernels_->tile_rows) continue;
         scan_rows(*tile, *next);
         std::swap(tile, next);
@@ -267,65 +252,6 @@ class Block {
     return std::abs(least) <= 1e300 ? A(least - std::abs(least) * 0x1p-20) : A(least);
   }
 
-  bool may_be_found(int64_t row) const {
-    return !p_.valid || p_.valid_per_query || p_.valid[search_ * p_.valid_stride[0] + row * p_.valid_stride[2]];
-  }
-
-  // The rows of [begin, end) that any query may find.
-  int64_t list_rows(int64_t begin, int64_t end, int64_t* rows) const {
-    int64_t count = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      rows[count] = row;
-      count += may_be_found(row);
-    }
-    return count;
-  }
-
-  bool allowed(int64_t q, int64_t row) const {
-    const int64_t query = first_query_ + q;
-    if (p_.valid_per_query) {
-      const bool* valid = p_.valid + search_ * p_.valid_stride[0] + query * p_.valid_stride[1];
-      if (!valid[row * p_.valid_stride[2]]) return false;
-    }
-    return !p_.query_group ||
-           p_.query_group[search_ * p_.queries + query] == p_.row_group[search_ * p_.rows + row];
-  }
-
-  // For each row of a tile what the scan multiplies its products by, and the margin of the result. Both are NaN for a
-  // special row, which then passes no bound; such rows are listed, and their number returned.
-  int64_t weigh(const A* squares, const int64_t* rows, int64_t count, A* inverse, A* margin,
-                int64_t* special) const {
-    const A nan = std::numeric_limits<A>::quiet_NaN();
-    constexpr int N = Vec<A>::N;
-    Mask<A> odd = Vec<A>(A(0)) < A(0);
-    if (inverses_) {
-      for (int64_t r = 0; r < count; ++r) inverse[r] = rows[r] < 0 ? A(0) : inverses_[rows[r]];
-    }
-    for (int64_t r = 0; r < count; r += N) {
-      const Vec<A> squared = load(squares + r), length = sqrt(squared);
-      Mask<A> plain = (squared >= kLeastSquare<A>) & (squared <= kMostSquare<A>);
-      Vec<A> factor(A(1)), size = length;
-      if (inverses_) {
-        factor = load(inverse + r);
-        size = length * abs(factor);
-        plain = plain & (abs(factor) <= kMostInverse<A>) & ((size >= kLeastLength<A>) | (factor == A(0)));
-      } else if (!p_.normalized) {
-        factor = A(1) / length;
-        size = Vec<A>(A(1));
-      }
-      store(inverse + r, select(plain, factor, Vec<A>(nan)));
-      store(margin + r, select(plain, size * margin_, Vec<A>(nan)));
-      odd = odd | !plain;
-    }
-    int64_t specials = 0;
-    if (any(odd)) {
-      for (int64_t r = 0; r < count; ++r) {
-        if (margin[r] != margin[r] && rows[r] >= 0) special[specials++] = rows[r];
-      }
-    }
-    return specials;
-  }
-
   struct Tile {
     int64_t rows[kMostTileRows];
     int64_t count = 0;
@@ -350,7 +276,8 @@ class Block {
       kernels_->bring[int(p_.dtype)](database_, p_.database_stride[1], p_.width, rows, count, tile_.get(), tile_stride_,
                                      squares);
       int64_t special[kRoom];
-      const int64_t specials = weigh(squares, rows, count, inverse, margin, special);
+      const int64_t specials = weigh(squares, rows, count, inverses_, p_.normalized, margin_, inverse, margin,
+                                     special);
       for (int64_t r = count; r < std::min(kRoom, count + kTileRows); ++r) {
         inverse[r] = margin[r] = std::numeric_limits<float>::quiet_NaN();
       }
@@ -393,7 +320,7 @@ class Block {
     int64_t of_quarter[kStreamRows][kStreamSteps], counts[kStreamRows], most = 0;
     for (int r = 0; r < kStreamRows; ++r) {
       const int64_t start = first + r * quarter, stop = std::min(last, start + std::min(end, quarter));
-      counts[r] = list_rows(std::min(stop, start + begin), stop, of_quarter[r]);
+      counts[r] = filter_.list_rows(std::min(stop, start + begin), stop, of_quarter[r]);
       most = std::max(most, counts[r]);
     }
     for (int64_t i = 0; i < most; ++i) {
@@ -419,7 +346,8 @@ class Block {
     std::fill_n(inverse, kLanes, A(0));
     stream_any<T>(count_, {units_.get(), plan_.padded, p_.width, dots, kLanes, squares}, at);
     int64_t special[kStreamRows];
-    const int64_t specials = weigh(squares, rows, kStreamRows, inverse, margin, special);
+    const int64_t specials =
+        weigh(squares, rows, kStreamRows, inverses_, p_.normalized, margin_, inverse, margin, special);
     constexpr int N = Vec<A>::N;
     for (int64_t q = 0; q < count_; ++q) {
       for (int r = 0; r < kStreamRows; r += N) {
@@ -435,13 +363,13 @@ class Block {
   }
 
   void append(int64_t q, int64_t row, A upper, A lower) {
-    if (allowed(q, row)) add(q, {upper, lower, row});
+    if (filter_.allowed(first_query_ + q, row)) add(q, {upper, lower, row});
   }
 
   // The row at a place of the tile, scored while it is in the cache.
   void append_scored(int64_t q, int64_t at) {
     const int64_t row = rows_[at];
-    if (!allowed(q, row)) return;
+    if (!filter_.allowed(first_query_ + q, row)) return;
     const A score = judge_.score(queries_.get() + q * plan_.padded, query_inverses_[q], row, row_inverses_[at]);
     if (score >= lists_[q].bound) {
       add(q, {score, score, row});
@@ -515,6 +443,7 @@ class Block {
 
   const CosineSearch& p_;
   const Plan& plan_;
+  RowFilter filter_;
   const ScanKernels* kernels_;
   int64_t padded_queries_;
   Scratch<A> query_;

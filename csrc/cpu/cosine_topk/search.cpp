@@ -21,6 +21,8 @@
 #include "cpu/cosine_topk/survivors.h"
 #include "cpu/cosine_topk/finish.h"
 #include "cpu/cosine_topk/plan.h"
+#include "cpu/cosine_topk/filter.h"
+#include "cpu/cosine_topk/weigh.h"
 #include "cpu/cosine_topk/block.h"
 #include "cpu/cosine_topk/columns.h"
 
