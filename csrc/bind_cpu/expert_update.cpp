@@ -54,35 +54,43 @@ void expert_mix_forward(const Tensor& out, const Tensor& gate, const Tensor& upd
   cpu::expert_update_table().mix_forward(p);
 }
 
-void expert_mix_backward(const Tensor& d_products, const OptTensor& d_probs, const OptTensor& d_gate_bias,
-                         const OptTensor& d_update_bias, const Tensor& grad, const Tensor& states, const Tensor& probs,
-                         const Tensor& gates, const Tensor& updates, const OptTensor& row_mask, int64_t expert) {
-  cpu::MixBackward p{};
+// What both halves of backward read: where the gradient lies, the gates, and sizes (B, K, S, D).
+template <class P>
+P mix_params(const Tensor& sizes, const Tensor& products, const Tensor& grad, const Tensor& probs, const Tensor& gates,
+             const OptTensor& row_mask) {
+  P p{};
   p.run = parallel_for;
-  p.dtype = dtype_of(states);
-  p.product_dtype = dtype_of(d_products);
+  p.dtype = dtype_of(sizes);
+  p.product_dtype = dtype_of(products);
   p.gates_dtype = dtype_of(gates);
-  p.expert0 = expert;
-  p.E = d_products.size(1);
-  p.B = states.size(0);
-  p.K = states.size(1);
-  p.S = states.size(2);
-  p.D = states.size(3);
-  p.product_row = d_products.stride(0);
-  p.product_expert = d_products.stride(1);
-  p.product_half = d_products.stride(2);
+  p.B = sizes.size(0);
+  p.K = sizes.size(1);
+  p.S = sizes.size(2);
+  p.D = sizes.size(3);
   p.grad = grad.data_ptr();
   p.grad_batch = grad.stride(0);
   p.grad_expert = grad.stride(1);
   p.grad_slot = grad.stride(2);
+  p.probs = probs.data_ptr();
+  p.gates = gates.data_ptr();
+  p.row_mask = ptr<bool>(row_mask);
+  return p;
+}
+
+void expert_mix_backward(const Tensor& d_products, const OptTensor& d_probs, const OptTensor& d_gate_bias,
+                         const OptTensor& d_update_bias, const Tensor& grad, const Tensor& states, const Tensor& probs,
+                         const Tensor& gates, const Tensor& updates, const OptTensor& row_mask, int64_t expert) {
+  auto p = mix_params<cpu::MixBackward>(states, d_products, grad, probs, gates, row_mask);
+  p.expert0 = expert;
+  p.E = d_products.size(1);
+  p.product_row = d_products.stride(0);
+  p.product_expert = d_products.stride(1);
+  p.product_half = d_products.stride(2);
   p.states = states.data_ptr();
   p.states_batch = states.stride(0);
   p.states_expert = states.stride(1);
   p.states_slot = states.stride(2);
-  p.probs = probs.data_ptr();
-  p.gates = gates.data_ptr();
   p.updates = updates.data_ptr();
-  p.row_mask = ptr<bool>(row_mask);
   p.d_products = data_of(d_products);
   p.d_probs = data_of(d_probs);
   p.d_gate_bias = data_of(d_gate_bias);
@@ -92,24 +100,9 @@ void expert_mix_backward(const Tensor& d_products, const OptTensor& d_probs, con
 
 void expert_mix_states(const Tensor& d_states, const Tensor& grad, const Tensor& probs, const Tensor& gates,
                        const Tensor& through, const OptTensor& row_mask, int64_t expert) {
-  cpu::MixStates p{};
-  p.run = parallel_for;
-  p.dtype = dtype_of(d_states);
-  p.product_dtype = dtype_of(through);
-  p.gates_dtype = dtype_of(gates);
+  auto p = mix_params<cpu::MixStates>(d_states, through, grad, probs, gates, row_mask);
   p.expert = expert;
-  p.B = d_states.size(0);
-  p.K = d_states.size(1);
-  p.S = d_states.size(2);
-  p.D = d_states.size(3);
-  p.grad = grad.data_ptr();
-  p.grad_batch = grad.stride(0);
-  p.grad_expert = grad.stride(1);
-  p.grad_slot = grad.stride(2);
-  p.probs = probs.data_ptr();
-  p.gates = gates.data_ptr();
   p.through = through.data_ptr();
-  p.row_mask = ptr<bool>(row_mask);
   p.d_states = data_of(d_states);
   cpu::expert_update_table().mix_states(p);
 }

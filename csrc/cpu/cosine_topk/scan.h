@@ -25,6 +25,8 @@ static_assert(kTileRows % 24 == 0, "a tile is a whole number of row groups");
 
 int64_t padded_width(int64_t width) { return (width + kPerStep - 1) / kPerStep * kPerStep; }
 
+int64_t padded_lanes(int64_t queries) { return (queries + kLanes - 1) / kLanes * kLanes; }
+
 int64_t panel_vectors(int64_t left) { return std::min<int64_t>(kWidestPanel, left); }
 
 // Step s of a query. `lost` grows by the square of what rounding to the scan's type took away.
@@ -46,18 +48,24 @@ MK_INLINE Element32 packed_step(const float* query, int64_t s, [[maybe_unused]] 
 #endif
 }
 
-// One panel: up to kWidestPanel vectors of queries (count, stride), of unit length. `loss`: for each, the length of
-// what rounding to the scan's type took away.
-void pack(const float* queries, int64_t count, int64_t stride, int64_t width, void* panel, double* loss) {
-  const int64_t steps = padded_width(width) / kPerStep, lanes = (count + kLanes - 1) / kLanes * kLanes;
-  auto* out = static_cast<Element32*>(panel);
-  for (int64_t lane = 0; lane < lanes; ++lane) {
+// Queries (count, stride) of unit length, padded with zeros to whole vectors of lanes: step s of lane i goes to
+// out[i lane_stride + s step_stride]. `loss`: for each, the length of what rounding to the scan's type took away.
+void pack_queries(const float* queries, int64_t count, int64_t stride, int64_t width, Element32* out, int64_t lane_stride,
+                  int64_t step_stride, double* loss) {
+  const int64_t steps = padded_width(width) / kPerStep;
+  for (int64_t lane = 0; lane < padded_lanes(count); ++lane) {
     double lost = 0;
     for (int64_t s = 0; s < steps; ++s) {
-      out[s * lanes + lane] = lane < count ? packed_step(queries + lane * stride, s, width, lost) : Element32(0);
+      Element32& to = out[lane * lane_stride + s * step_stride];
+      to = lane < count ? packed_step(queries + lane * stride, s, width, lost) : Element32(0);
     }
     if (lane < count) loss[lane] = std::sqrt(lost);
   }
+}
+
+// One panel: up to kWidestPanel vectors of queries, side by side at every step.
+void pack(const float* queries, int64_t count, int64_t stride, int64_t width, void* panel, double* loss) {
+  pack_queries(queries, count, stride, width, static_cast<Element32*>(panel), 1, padded_lanes(count), loss);
 }
 
 // One row in the scan's type, padded with zeros; returns the sum of its squares.

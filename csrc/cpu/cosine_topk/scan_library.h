@@ -15,19 +15,12 @@ using Product = float;
 #endif
 
 void pack_rows(const float* queries, int64_t count, int64_t stride, int64_t width, void* rows, double* loss) {
-  const int64_t steps = padded_width(width) / kPerStep, lanes = (count + kLanes - 1) / kLanes * kLanes;
-  auto* to = static_cast<Element32*>(rows);
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    double lost = 0;
-    for (int64_t s = 0; s < steps; ++s) {
-      to[lane * steps + s] = lane < count ? packed_step(queries + lane * stride, s, width, lost) : Element32(0);
-    }
-    if (lane < count) loss[lane] = std::sqrt(lost);
-  }
+  const int64_t steps = padded_width(width) / kPerStep;
+  pack_queries(queries, count, stride, width, static_cast<Element32*>(rows), steps, 1, loss);
 }
 
 void scan_by_library(const TileScan& t) {
-  const int64_t lanes = (t.queries + kLanes - 1) / kLanes * kLanes;
+  const int64_t lanes = padded_lanes(t.queries);
   Scratch<Product> products(t.count * lanes);
   Scratch<uint32_t> places(lanes + kLanes);
   Scratch<float> uppers(lanes);
