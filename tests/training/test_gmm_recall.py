@@ -194,7 +194,7 @@ def test_forms_of_the_protocol(tmp_path: Path) -> None:
             for n in range(1, 13)
         )
         (tmp_path / f"qa1_single-supporting-fact_{kind}.txt").write_text(story * 2)
-    assert babi_protocol(tmp_path, 1, long=True).curriculum.steps == 4000
+    assert babi_protocol(tmp_path, 1, long=True).curriculum.steps == 6000
     protocol = babi_protocol(tmp_path, 1, steps=2).replaced(
         arms=("gmm",), seeds=(0,), sizes=TINY, curriculum=Curriculum(steps=2, batch_size=4, first_segments=2)
     )

@@ -21,7 +21,7 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="One seed, four arms, about a minute.")] = False,
     babi: Annotated[Path | None, typer.Option(help="Folder of English bAbI files: the harder rung.")] = None,
     task: Annotated[int, typer.Option(help="bAbI task.", min=1, max=3)] = 1,
-    long: Annotated[bool, typer.Option("--long", help="bAbI with four times the steps, minutes a run.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="bAbI with six times the steps, minutes a run.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes side by side, one thread each.", min=1)] = 1,
     folder: Annotated[Path, typer.Option(help="Results, table and plot go here; a second call goes on.")] = Path(
         "out/recall"

@@ -81,11 +81,11 @@ def quick_protocol(steps: int | None = None, seconds: float | None = None) -> Pr
 def babi_protocol(folder: str | Path, task: int = 1, steps: int | None = None, *, long: bool = False) -> Protocol:
     """The harder rung: stories of two sentences a segment, official test set.
 
-    ``long``: four times the steps at half the rate, which is what a memory needs to learn who went where.
+    ``long``: six times the steps at half the rate, which is what a memory needs to learn who went where.
     """
     if long:
         curriculum = Curriculum(
-            steps=steps or 4000, first_segments=2, last_segments=6, promote_at=0.9, learning_rate=1e-3
+            steps=steps or 6000, first_segments=2, last_segments=6, promote_at=0.9, learning_rate=1e-3
         )
     else:
         curriculum = Curriculum(steps=steps or 1000, first_segments=2, last_segments=6, promote_at=0.8)
