@@ -62,7 +62,7 @@ def targets(content: dict[str, Any], path: Path) -> str:
 
 def recall() -> str:
     """Every table of a recall protocol, as the protocol's own report wrote it; the harder rungs last."""
-    paths = sorted((RESULTS / "recall").glob("*.md"), key=lambda path: ("babi" in path.name, path.name))
+    paths = sorted((RESULTS / "recall").glob("*.md"), key=lambda path: ("babi" in path.stem, path.stem))
     parts = []
     for path in paths:
         report = path.read_text().strip()
