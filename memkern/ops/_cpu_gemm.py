@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from pathlib import Path
@@ -23,9 +24,11 @@ def cpu_model() -> tuple[str, int, int]:
     """Vendor, family and model of the first processor; empty and zeros where /proc/cpuinfo does not say."""
     found: dict[str, str] = {}
     try:
-        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
-            name, _, value = line.partition(":")
-            found[name.strip()] = value.strip()
+        with Path("/proc/cpuinfo").open() as file:
+            # To the first blank line: the system writes the rest, long where there are many processors, as it is read.
+            for line in itertools.takewhile(str.strip, file):
+                name, _, value = line.partition(":")
+                found[name.strip()] = value.strip()
     except OSError:
         pass
     family, model = (int(found[key]) if found.get(key, "").isdigit() else 0 for key in ("cpu family", "model"))
